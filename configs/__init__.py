@@ -1,0 +1,1 @@
+"""Frozen numerics versions, schedule tables per card, and serve presets."""

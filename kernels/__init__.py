@@ -1,0 +1,1 @@
+"""Operators on frozen reduction trees. Knows nothing of vLLM."""

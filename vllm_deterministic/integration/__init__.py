@@ -1,0 +1,1 @@
+"""Thin adapters, one per vLLM seam. They hold no arithmetic."""

@@ -1,0 +1,1 @@
+"""Probes of any OpenAI endpoint: the one engine every test and tool calls."""
