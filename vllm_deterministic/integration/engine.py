@@ -1,0 +1,66 @@
+"""From vLLM's configuration to the policy's plain facts, and from the policy's verdict back into the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from vllm_deterministic import compat, policy
+from vllm_deterministic.contract import Settings
+
+__all__ = ["arm_front_end", "prepare", "resolved_facts", "stated_options"]
+
+CPU_WORKER = "vllm_deterministic.integration.cpu_worker.DeterministicCPUWorker"
+
+
+def stated_options(engine_args: Any) -> dict[str, Any]:
+    """The engine options whose value is not vLLM's default, normalised as vLLM normalises them."""
+    default = type(engine_args)(model=engine_args.model)
+    stated = {}
+    for field in dataclasses.fields(engine_args):
+        value = getattr(engine_args, field.name)
+        if field.name == "worker_cls" and value == CPU_WORKER:
+            continue  # ours, from an earlier pass over the same arguments
+        if value != getattr(default, field.name):
+            stated[field.name] = str(value).removeprefix("torch.") if field.name == "dtype" else value
+    return stated
+
+
+def prepare(engine_args: Any) -> None:
+    """Checks device, vLLM version and environment, and names our worker.
+
+    The worker is named, not patched: where this package is missing in a worker process, the name does not resolve and
+    the engine does not start. Raises SeamError or UnsupportedError.
+    """
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if device not in policy.ARCHITECTURES:
+        policy.refuse(policy.resolved_refusals({"device": device}))
+    compat.require_version(device)
+    policy.refuse(policy.environment_refusals(os.environ))
+    for seam in (*compat.CPU_SEAMS.values(), *compat.REQUEST_SEAMS.values()):
+        compat.probe(seam)
+    engine_args.worker_cls = CPU_WORKER
+
+
+def resolved_facts(config: Any) -> dict[str, Any]:
+    """The policy's facts of a VllmConfig."""
+    model = config.model_config
+    return {
+        "device": config.device_config.device_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "architecture": model.architecture,
+        "runner": model.runner_type,
+        "quantization": model.quantization,
+        "is_moe": model.is_moe,
+        "is_multimodal": model.is_multimodal_model,
+    }
+
+
+def arm_front_end(config: Any, settings: Settings) -> None:
+    """Arms the checks and seeds of requests in this process. Idempotent."""
+    from vllm_deterministic.integration import requests
+
+    requests.arm(settings, server_seed=config.model_config.seed or 0)

@@ -1,0 +1,79 @@
+"""The V1 sampler on CPU: noise from (seed, position), truncation row by row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.sampling_params import SamplingType
+
+from vllm_deterministic import compat
+from vllm_deterministic.errors import DeterministicError
+from vllm_deterministic.kernels.sampling.noise import noise_seed
+from vllm_deterministic.kernels.sampling.truncate import top_k_top_p_by_row
+
+__all__ = ["RowNoise", "arm"]
+
+
+class RowNoise:
+    """Stands where vLLM keeps a request's torch.Generator, and holds no state that a draw could change."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def seed(self) -> int:
+        """Noise seed of the token that the request draws next."""
+        return noise_seed(self._request.sampling_params.seed, self._request.num_tokens)
+
+    # A prefill chunk that is not the last draws a token which is thrown away; vLLM then rewinds the generator.
+    # CPU generators cannot be rewound (the engine dies); noise without state needs no rewinding.
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        del offset
+
+
+def arm() -> None:
+    """Installs both seams in this worker process. Idempotent. Raises SeamError."""
+    compat.install(compat.CPU_SEAMS["input_batch"], _noise_instead_of_generators)
+    compat.install(compat.CPU_SEAMS["sampler"], lambda original: _sample)
+
+
+def _noise_instead_of_generators(add_request: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(add_request)
+    def wrapped(self: Any, request: Any) -> int:
+        index = add_request(self, request)
+        params = request.sampling_params
+        if params is not None and params.sampling_type != SamplingType.GREEDY:
+            if params.seed is None:
+                raise DeterministicError(
+                    "a sampled request reached the worker without a seed: the front end is not armed"
+                )
+            self.generators[index] = RowNoise(request)
+        return index
+
+    return wrapped
+
+
+def _sample(
+    self: Any, logits: torch.Tensor, generators: dict[int, Any], k: torch.Tensor | None, p: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draws one token a row: argmax of logit + Gumbel noise of (noise seed, token), ties to the lower token id.
+
+    logits: [rows, vocab] f32, may be overwritten. Returns [rows] token ids and what logprobs_mode asks for.
+    """
+    logits = top_k_top_p_by_row(logits, k, p)
+    processed = None
+    if self.logprobs_mode == "processed_logits":
+        processed = logits
+    elif self.logprobs_mode == "processed_logprobs":
+        processed = logits.log_softmax(dim=-1, dtype=torch.float32)
+    seeds = torch.zeros(logits.shape[0], dtype=torch.int64)
+    for row, noise in generators.items():
+        # vLLM's warm-up brings plain generators; a greedy row's draw is not used.
+        if isinstance(noise, RowNoise):
+            seeds[row] = noise.seed()
+    return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), seeds), processed
