@@ -70,6 +70,7 @@ def enable(
     """The additional_config that makes an offline engine deterministic.
 
     `LLM(model, additional_config=vllm_deterministic.enable())` is what `--deterministic` is to `vllm serve`. Give
-    it your own additional_config, if you have one, to keep it. Raises ConfigurationError for an unknown version or mode.
+    it your own additional_config, if you have one, to keep it. Raises ConfigurationError for an unknown version or
+    mode.
     """
     return Settings(numerics=numerics, unseeded=unseeded).merged_into(additional_config)

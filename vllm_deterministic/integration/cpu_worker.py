@@ -14,10 +14,10 @@ __all__ = ["DeterministicCPUWorker"]
 class DeterministicCPUWorker(CPUWorker):
     """Arms the CPU seams in its own process. Raises SeamError or CertificationError: then the server does not start."""
 
-    def load_model(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def init_device(self) -> None:
         # Attention: one pass over the keys in ascending blocks. Splitting a long row among idle cores depends on how
         # many rows the neighbours bring. Read when the metadata builder runs, so before the first step is enough.
         os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
         linear.arm()
         sampler.arm()
-        super().load_model(*args, **kwargs)
+        super().init_device()  # builds the sampler, which binds its functions

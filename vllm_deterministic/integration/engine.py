@@ -22,7 +22,8 @@ def stated_options(engine_args: Any) -> dict[str, Any]:
         value = getattr(engine_args, field.name)
         if field.name == "worker_cls" and value == CPU_WORKER:
             continue  # ours, from an earlier pass over the same arguments
-        if value != getattr(default, field.name):
+        # The command line hands over None where nothing was said, whatever the field's own default is.
+        if value is not None and value != getattr(default, field.name):
             stated[field.name] = str(value).removeprefix("torch.") if field.name == "dtype" else value
     return stated
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ __all__ = ["arm"]
 
 logger = logging.getLogger("vllm.deterministic")
 
+# The overload itself: looking it up by name costs as much as the call.
+_onednn_mm = torch.ops._C.onednn_mm.default
 # (N, K, dtype, bias) -> schedule. One certification serves all layers of a shape: the library chooses by shape.
 _schedules: dict[tuple[int, int, torch.dtype, bool], cpu.RowSchedule] = {}
 # A traced graph can carry an integer, not a schedule.
@@ -33,9 +34,15 @@ def _cpu_linear(
     x: torch.Tensor, handler: torch.Tensor, bias: torch.Tensor | None, n: int, schedule: int
 ) -> torch.Tensor:
     """y = x @ W.T + bias on the tree. x: [..., K]; returns [..., N] of x's dtype."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = _by_number[schedule].run(lambda tile: _onednn(tile, handler, bias, n), rows)
-    return y.view(*x.shape[:-1], n)
+
+    def gemm(rows: torch.Tensor) -> torch.Tensor:
+        y = rows.new_empty((rows.shape[0], n))
+        _onednn_mm(y, rows, bias, handler)
+        return y
+
+    if x.dim() == 2:
+        return _by_number[schedule].run(gemm, x)
+    return _by_number[schedule].run(gemm, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], n)
 
 
 def _cpu_linear_fake(
@@ -49,12 +56,6 @@ _library = torch.library.Library("vllm_deterministic", "FRAGMENT")
 _library.define("cpu_linear(Tensor x, Tensor handler, Tensor? bias, int n, int schedule) -> Tensor")
 _library.impl("cpu_linear", _cpu_linear, "CPU")
 torch.library.register_fake("vllm_deterministic::cpu_linear", _cpu_linear_fake, lib=_library)
-
-
-def _onednn(x: torch.Tensor, handler: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
-    y = x.new_empty((x.shape[0], n))
-    torch.ops._C.onednn_mm(y, x, bias, handler)
-    return y
 
 
 def _dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -96,14 +97,20 @@ def _certify(n: int, k: int, dtype: torch.dtype, has_bias: bool) -> cpu.RowSched
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)).to(dtype)
     handler = ops.create_onednn_mm(weight.t(), 32)
     bias = weight[:, 0].contiguous() if has_bias else None
-    gemm: Callable[[torch.Tensor], torch.Tensor] = lambda x: _onednn(x, handler.handler_tensor, bias, n)  # noqa: E731
-    x = cpu.hard_rows(cpu.MAX_TILE + 40, k, dtype)
-    certified = cpu.certified_row_counts(gemm, x)
+
+    def gemm(x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], n))
+        _onednn_mm(y, x, bias, handler.handler_tensor)
+        return y
+
+    most = cpu.max_tile(n, k)
+    x = cpu.hard_rows(most + 40, k, dtype)
+    certified = cpu.certified_row_counts(gemm, x, most)
     chosen = cpu.schedule(gemm, x, certified)
-    missing = sorted(set(range(1, cpu.MAX_TILE + 1)) - set(certified))
+    missing = sorted(set(range(1, most + 1)) - set(certified))
     logger.info(
         "certified %s x %s %s in %.1f s on %d threads: %d of %d row counts are on the tree%s, tile %d",
-        n, k, dtype, time.perf_counter() - start, torch.get_num_threads(), len(certified), cpu.MAX_TILE,
+        n, k, dtype, time.perf_counter() - start, torch.get_num_threads(), len(certified), most,
         f" (not {missing[:8]})" if missing else "", chosen.tile,
     )  # fmt: skip
     return chosen
