@@ -156,8 +156,8 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether tokens, texts and logprobs are the same bits in every answer."""
-        return max(self.distinct_texts, self.distinct_tokens, self.distinct_logprobs) == 1
+        """Whether every answer has the same bits: text, tokens, logprobs, top logprobs, reason of its end."""
+        return self.distinct_digests == 1
 
 
 def digest(answer: Answer) -> str:
