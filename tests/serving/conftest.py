@@ -1,0 +1,147 @@
+"""Real servers for the contract over HTTP: each configuration starts once, one at a time, and is killed by its pid."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_deterministic.verify.probes import Answer, Endpoint, Probe, ask, run_load, score
+from vllm_deterministic.verify.server import Server, serve
+
+STORY = (
+    "A lighthouse keeper finds a map behind a loose brick. The map shows an island that no sailor has ever named, "
+    "and in one corner somebody has written the date of his own birth. He asks the baker, the priest and the captain "
+    "of the mail boat what they know. Each of them tells another story, and each story is true in one detail only. "
+)
+# About 310 tokens: three pages of the KV cache with the answer, and twenty chunks where a chunk has 16 tokens.
+LONG_PROMPT = STORY * 4 + "Continue the story."
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A server configuration. `name` reads mode-dtype-compilation-tokens, for example det-bf16-compiled-2048."""
+
+    name: str
+    extra: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return {"bf16": "bfloat16", "f32": "float32"}[self.name.split("-")[1]]
+
+    @property
+    def cli_args(self) -> list[str]:
+        mode, _, compilation, tokens = self.name.split("-")
+        args = ["--dtype", self.dtype, "--max-model-len", "2048", "--max-num-batched-tokens", tokens]
+        # vLLM wants at least as many tokens in a step as sequences.
+        args += ["--max-num-seqs", "8" if int(tokens) < 64 else "64"]
+        args += ["--enforce-eager"] if compilation == "eager" else []
+        args += ["--deterministic"] if mode == "det" else []
+        return [*args, *self.extra]
+
+
+class Servers:
+    """At most one server is alive: a second one would take the cores of the first."""
+
+    def __init__(self, model: Callable[[str], Path], logs: Path) -> None:
+        self._model, self._logs = model, logs
+        self._stack = contextlib.ExitStack()
+        self._live: tuple[Config, Server] | None = None
+        self._references: dict[tuple[str, str], list[Answer]] = {}
+
+    def get(self, name: str, *extra: str, **env: str) -> Server:
+        """The live server of this configuration: the one that runs if it is that, else a new one in its place."""
+        config = Config(name, extra, tuple(sorted(env.items())))
+        if self._live is None or self._live[0] != config or not self._live[1].healthy():
+            self.stop()
+            log = self._logs / f"{name}-{uuid.uuid4().hex[:6]}.log"
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **env}
+            server = self._stack.enter_context(
+                serve(self._model(config.dtype), *config.cli_args, env=environment, log=log)
+            )
+            self._live = (config, server)
+        return self._live[1]
+
+    def stop(self) -> None:
+        self._stack.close()
+        self._live = None
+
+    def reference(self, name: str, probe: Probe) -> list[Answer]:
+        """What the deterministic server of the same dtype and compilation, with 2048 tokens a step, says when idle."""
+        _, dtype, compilation, _ = name.split("-")
+        main = f"det-{dtype}-{compilation}-2048"
+        key = (main, repr(probe))
+        if key not in self._references:
+            self._references[key] = asyncio.run(ask(self.get(main).endpoint, cold(probe)))
+        return self._references[key]
+
+
+def cold(probe: Probe) -> Probe:
+    """The same probe, whose prompt no earlier request has left in the prefix cache."""
+    return dataclasses.replace(probe, extra_body={**probe.extra_body, "cache_salt": uuid.uuid4().hex})
+
+
+class Axes:
+    """Each method asks one probe in ways that the contract calls equal, and returns the answers."""
+
+    @staticmethod
+    def batch(endpoint: Endpoint, probe: Probe, repeats: int = 6, neighbours: int = 48) -> list[Answer]:
+        """Alone and cold; then among 1 to `neighbours` others, its prefix cached from the second time on."""
+        alone = asyncio.run(ask(endpoint, cold(probe)))
+        return alone + asyncio.run(run_load(endpoint, probe, repeats, concurrency=2, neighbours=neighbours))
+
+    @staticmethod
+    def prefix(endpoint: Endpoint, probe: Probe) -> list[Answer]:
+        """Cold and then twice from the prefix cache, alone."""
+        fixed = cold(probe)
+        return [answer for _ in range(3) for answer in asyncio.run(ask(endpoint, fixed))]
+
+    @staticmethod
+    def delivery(endpoint: Endpoint, probe: Probe) -> list[Answer]:
+        """Whole and streamed."""
+        streamed = dataclasses.replace(probe, stream=True)
+        return [answer for one in (probe, streamed) for answer in asyncio.run(ask(endpoint, cold(one)))]
+
+    @staticmethod
+    def scored(endpoint: Endpoint, probe: Probe) -> list[Answer]:
+        """As generated, and as scored when the generated tokens are read as prompt."""
+        (answer,) = asyncio.run(ask(endpoint, cold(dataclasses.replace(probe, logprobs=0))))
+        read = asyncio.run(score(endpoint, answer.prompt_token_ids, answer.token_ids))
+        plain = dataclasses.replace(answer, top_logprobs=())
+        return [plain, dataclasses.replace(plain, logprobs=read)]
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[[str], Path]:
+    """Folder of the default model in a dtype; made once, kept in the user's cache."""
+    from vllm_deterministic import models
+
+    return lambda dtype: Path(models.prepare_default_model(dtype=dtype))
+
+
+@pytest.fixture(scope="session")
+def servers(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    pool = Servers(model, tmp_path_factory.mktemp("servers"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def axes() -> type[Axes]:
+    return Axes
+
+
+@pytest.fixture(scope="session")
+def probes() -> dict[str, Probe]:
+    """T = 0 and T = 0.8 with a seed: 310 tokens in, 64 out, logprobs of the chosen and the two best tokens."""
+    common = {"prompt": LONG_PROMPT, "max_tokens": 64, "logprobs": 2, "extra_body": {"ignore_eos": True}}
+    return {
+        "greedy": Probe(name="greedy", temperature=0.0, **common),
+        "seeded": Probe(name="seeded", temperature=0.8, seed=20261124, **common),
+    }

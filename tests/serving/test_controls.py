@@ -1,0 +1,61 @@
+"""Negative controls: the questions of test_invariance.py, asked of vLLM without the flag, must get differing answers.
+
+They keep the other tests honest: a check that a plain server passes too would prove nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import openai
+import pytest
+
+from vllm_deterministic.verify.probes import ask
+
+pytestmark = pytest.mark.serving
+
+plain = pytest.mark.parametrize(
+    "config", ["plain-bf16-eager-2048", pytest.param("plain-f32-eager-2048", marks=pytest.mark.slow)]
+)
+chunked = pytest.mark.parametrize(
+    "config", ["plain-bf16-eager-16", pytest.param("plain-f32-eager-16", marks=pytest.mark.slow)]
+)
+kinds = pytest.mark.parametrize("kind", ["greedy", "seeded"])
+
+
+@plain
+@kinds
+def test_batch_matters(servers, axes, probes, said, config, kind):
+    endpoint = servers.get(config).endpoint
+    assert not said(config, "batch", kind, axes.batch(endpoint, probes[kind])).identical
+
+
+@plain
+@kinds
+def test_prefix_hit_matters(servers, axes, probes, said, config, kind):
+    endpoint = servers.get(config).endpoint
+    assert not said(config, "prefix hit", kind, axes.prefix(endpoint, probes[kind])).identical
+
+
+@plain
+@kinds
+def test_decode_differs_from_prompt(servers, axes, probes, said, config, kind):
+    endpoint = servers.get(config).endpoint
+    assert not said(config, "decode against prompt", kind, axes.scored(endpoint, probes[kind])).identical
+
+
+@chunked
+def test_chunks_matter(servers, probes, said, config):
+    whole = servers.answers(config.replace("-16", "-2048"), probes["greedy"])
+    assert not said(config, "chunk", "greedy", whole + servers.answers(config, probes["greedy"])).identical
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["plain-bf16-eager-16"])
+def test_seeded_chunks_kill_the_engine(servers, probes, config):
+    """vLLM's CPU runner cannot rewind a torch generator; the plugin has none to rewind."""
+    server = servers.get(config)
+    with pytest.raises(openai.APIError):
+        asyncio.run(ask(server.endpoint, dataclasses.replace(probes["seeded"])))
+    assert not server.healthy()
