@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_deterministic.verify.probes import Answer, Endpoint, Probe, ask, run_load, score
+from vllm_deterministic.verify.probes import Answer, Comparison, Endpoint, Probe, ask, compare, run_load, score
 from vllm_deterministic.verify.server import Server, serve
 
 STORY = (
@@ -53,7 +53,7 @@ class Servers:
         self._model, self._logs = model, logs
         self._stack = contextlib.ExitStack()
         self._live: tuple[Config, Server] | None = None
-        self._references: dict[tuple[str, str], list[Answer]] = {}
+        self._answers: dict[tuple[str, str], list[Answer]] = {}
 
     def get(self, name: str, *extra: str, **env: str) -> Server:
         """The live server of this configuration: the one that runs if it is that, else a new one in its place."""
@@ -72,14 +72,17 @@ class Servers:
         self._stack.close()
         self._live = None
 
+    def answers(self, name: str, probe: Probe) -> list[Answer]:
+        """What this configuration answers, alone and with a cold prefix cache; asked once a session."""
+        key = (name, repr(probe))
+        if key not in self._answers:
+            self._answers[key] = asyncio.run(ask(self.get(name).endpoint, cold(probe)))
+        return self._answers[key]
+
     def reference(self, name: str, probe: Probe) -> list[Answer]:
-        """What the deterministic server of the same dtype and compilation, with 2048 tokens a step, says when idle."""
+        """What the deterministic server of the same dtype and compilation, with 2048 tokens a step, answers."""
         _, dtype, compilation, _ = name.split("-")
-        main = f"det-{dtype}-{compilation}-2048"
-        key = (main, repr(probe))
-        if key not in self._references:
-            self._references[key] = asyncio.run(ask(self.get(main).endpoint, cold(probe)))
-        return self._references[key]
+        return self.answers(f"det-{dtype}-{compilation}-2048", probe)
 
 
 def cold(probe: Probe) -> Probe:
@@ -130,6 +133,42 @@ def servers(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     pool = Servers(model, tmp_path_factory.mktemp("servers"))
     yield pool
     pool.stop()
+
+
+_said: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def said() -> Callable[..., Comparison]:
+    """Compares answers and keeps the result for the table at the end of the run."""
+
+    def comparing(config: str, axis: str, kind: str, answers: list[Answer]) -> Comparison:
+        result = compare(answers)
+        _said.append(
+            f"{config:24} {axis:24} {kind:8} {result.runs:3} runs: {result.distinct_texts} texts, "
+            f"{result.distinct_logprobs} logprob sequences, {result.distinct_digests} answers; first divergence "
+            f"{result.first_text_divergence} / {result.first_logprob_divergence}"
+        )
+        return result
+
+    return comparing
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _said:
+        terminalreporter.section("distinct answers by configuration and axis")
+        terminalreporter.write_line("\n".join(_said))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups the serving tests by server, in the order in which the servers are first named; the rest stays put."""
+    seen: dict[str, int] = {}
+    ranks = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        name = params.get("config") if item.get_closest_marker("serving") else None
+        ranks[item] = seen.setdefault(name, len(seen)) if name else -1
+    items.sort(key=ranks.__getitem__)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,19 @@ _library.impl("cpu_linear", _cpu_linear, "CPU")
 torch.library.register_fake("vllm_deterministic::cpu_linear", _cpu_linear_fake, lib=_library)
 
 
+def packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, cpu.Gemm]:
+    """vLLM's packed oneDNN weight of [N, K], which must outlive its use, and the bare product with it."""
+    handler = ops.create_onednn_mm(weight.t(), 32)
+    n = weight.shape[0]
+
+    def gemm(x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], n))
+        _onednn_mm(y, x, bias, handler.handler_tensor)
+        return y
+
+    return handler, gemm
+
+
 def _dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
     """Stands for vLLM's dispatch_cpu_unquantized_gemm: packs the weight and sets `layer.cpu_linear`."""
     weight: Any = layer.weight
@@ -95,14 +108,7 @@ def _certify(n: int, k: int, dtype: torch.dtype, has_bias: bool) -> cpu.RowSched
     """Certifies a shape on a weight of its own: a checkpoint's weights may be too tame to tell two trees apart."""
     start = time.perf_counter()
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)).to(dtype)
-    handler = ops.create_onednn_mm(weight.t(), 32)
-    bias = weight[:, 0].contiguous() if has_bias else None
-
-    def gemm(x: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty((x.shape[0], n))
-        _onednn_mm(y, x, bias, handler.handler_tensor)
-        return y
-
+    _, gemm = packed_product(weight, weight[:, 0].contiguous() if has_bias else None)
     most = cpu.max_tile(n, k)
     x = cpu.hard_rows(most + 40, k, dtype)
     certified = cpu.certified_row_counts(gemm, x, most)

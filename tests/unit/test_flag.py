@@ -1,0 +1,64 @@
+"""The flag on vLLM's real parser: merges, refusals, and no trace where it is not given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_deterministic.contract import CONFIG_KEY
+
+vllm = pytest.importorskip("vllm", reason="the flag is an option of vLLM's own parser")
+
+
+@pytest.fixture(scope="module")
+def parse():  # type: ignore[no-untyped-def]
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return lambda *argv: parser.parse_args(list(argv))
+
+
+def settings(namespace) -> object:  # type: ignore[no-untyped-def]
+    return (namespace.additional_config or {}).get(CONFIG_KEY)
+
+
+def test_the_flag_travels_in_additional_config(parse) -> None:  # type: ignore[no-untyped-def]
+    assert settings(parse("--deterministic")) == {"numerics": "v1", "unseeded": "derived"}
+
+
+def test_without_the_flag_nothing_is_written(parse) -> None:  # type: ignore[no-untyped-def]
+    assert parse().additional_config in (None, {})
+
+
+@pytest.mark.parametrize("flag_first", [True, False])
+def test_merges_with_additional_config_in_either_order(parse, flag_first: bool) -> None:  # type: ignore[no-untyped-def]
+    argv = [["--deterministic"], ["--additional-config", '{"mine": 1}']]
+    namespace = parse(*(word for part in (argv if flag_first else argv[::-1]) for word in part))
+    assert namespace.additional_config["mine"] == 1
+    assert settings(namespace) is not None
+
+
+def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "serve.yaml"
+    file.write_text("deterministic: true\ndeterministic-unseeded: random\nadditional-config: '{\"mine\": 2}'\n")
+    namespace = parse("--config", str(file))
+    assert namespace.additional_config == {"mine": 2, CONFIG_KEY: {"numerics": "v1", "unseeded": "random"}}
+    assert any("SeedHeader" in name for name in namespace.middleware)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--deterministic=yes"], "takes no value"),
+        (["--deterministic", "--deterministic-numerics", "v9"], "'v9' does not exist; this version knows v1"),
+        (["--deterministic", "--deterministic-unseeded", "maybe"], "derived, random"),
+        (["--deterministic-numerics", "v1"], "needs --deterministic"),
+        (["--deterministic", "--grpc"], "gRPC"),
+    ],
+)
+def test_mistakes_are_named(parse, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert said in capsys.readouterr().err

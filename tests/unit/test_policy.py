@@ -1,0 +1,80 @@
+"""The allow-list refuses what is not on it, by name and with a way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_deterministic import policy
+from vllm_deterministic.errors import UnsupportedError
+
+SERVED = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "architecture": "LlamaForCausalLM",
+    "runner": "generate",
+    "quantization": None,
+    "is_moe": False,
+    "is_multimodal": False,
+}
+
+
+def test_what_is_proved_is_served() -> None:
+    assert policy.resolved_refusals(SERVED) == []
+    assert policy.engine_refusals({"model": "m", "max_num_seqs": 8, "dtype": "float32", "block_size": 128}) == []
+    assert policy.environment_refusals({"VLLM_BATCH_INVARIANT": "0", "PATH": "x"}) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("speculative_config", {"method": "ngram"}, "speculative decoding"),
+        ("enable_lora", True, "LoRA"),
+        ("quantization", "fp8", "quantised model"),
+        ("kv_cache_dtype", "fp8", "quantised KV cache"),
+        ("kv_transfer_config", {"kv_connector": "x"}, "KV connector"),
+        ("tensor_parallel_size", 2, "tensor parallelism"),
+        ("pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("decode_context_parallel_size", 2, "context parallelism"),
+        ("data_parallel_size", 2, "data parallelism"),
+        ("enable_prompt_embeds", True, "embeddings"),
+        ("logits_processors", ["x"], "logits processors"),
+        ("runner", "pooling", "--runner"),
+        ("block_size", 64, "128"),
+        ("dtype", "float16", "bfloat16"),
+        ("worker_cls", "my.Worker", "worker class"),
+        ("compilation_config", {"mode": 0}, "compilation configuration"),
+        ("option_of_a_later_vllm", "on", "--option-of-a-later-vllm"),
+    ],
+)
+def test_engine_options_off_the_list(option: str, value: object, named: str) -> None:
+    with pytest.raises(UnsupportedError, match=named):
+        policy.refuse(policy.engine_refusals({option: value}))
+
+
+@pytest.mark.parametrize("name", sorted(policy.ENVIRONMENT))
+def test_environment(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"Unset {name}"):
+        policy.refuse(policy.environment_refusals({name: "1"}))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("device", "cuda"),
+        ("dtype", "float16"),
+        ("architecture", "MixtralForCausalLM"),
+        ("runner", "pooling"),
+        ("quantization", "awq"),
+        ("is_moe", True),
+        ("is_multimodal", True),
+    ],
+)
+def test_resolved_facts_off_the_list(fact: str, value: object) -> None:
+    with pytest.raises(UnsupportedError, match=str(value)):
+        policy.refuse(policy.resolved_refusals({**SERVED, fact: value}))
+
+
+def test_request_fields() -> None:
+    assert policy.request_refusal(["temperature", "seed", "messages"]) is None
+    assert policy.request_refusal(["temperature", "use_beam_search"]) == "use_beam_search"
+    assert policy.request_refusal(["field_of_a_later_vllm"]) == "field_of_a_later_vllm"
