@@ -32,6 +32,13 @@ def test_batch_matters(servers, axes, probes, said, config, kind):
 
 
 @plain
+def test_neighbours_reorder_top_logprobs(servers, axes, probes, said, config):
+    probe = dataclasses.replace(probes["greedy"], logprobs=2)
+    answers = axes.batch(servers.get(config).endpoint, probe, repeats=4, neighbours=12)
+    assert not said(config, "top logprobs", "greedy", answers).identical
+
+
+@plain
 @kinds
 def test_prefix_hit_matters(servers, axes, probes, said, config, kind):
     endpoint = servers.get(config).endpoint
