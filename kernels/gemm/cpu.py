@@ -35,8 +35,8 @@ MAX_TILE = 128
 MAX_TILE_LARGE = 64
 LARGE_WEIGHT = 4_000_000
 
-# [rows, K] -> [rows, N]. The library call under certification, its weight inside.
-Gemm = Callable[[torch.Tensor], torch.Tensor]
+# (x [rows, K], y [rows, N]): writes the product into y. The library call under certification, its weight inside.
+Gemm = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,22 @@ class RowSchedule:
     def tile(self) -> int:
         return len(self.padded)
 
-    def run(self, gemm: Gemm, x: torch.Tensor) -> torch.Tensor:
-        """y = gemm(x) on the tree, for any number of rows. x: [rows, K]; returns [rows, N]."""
+    def run(self, gemm: Gemm, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Writes the product of any number of rows, on the tree. x: [rows, K], y: [rows, N], both contiguous."""
         rows = x.shape[0]
         if rows > self.tile:
-            return torch.cat([self.run(gemm, tile) for tile in x.split(self.tile)])
+            for start in range(0, rows, self.tile):
+                self.run(gemm, x[start : start + self.tile], y[start : start + self.tile])
+            return
         padded = self.padded[rows - 1] if rows else 0
         if padded == rows:
-            return gemm(x)
+            gemm(x, y)
+            return
         wide = x.new_zeros(padded, x.shape[1])
         wide[:rows] = x
-        return gemm(wide)[:rows]
+        out = y.new_empty(padded, y.shape[1])
+        gemm(wide, out)
+        y.copy_(out[:rows])
 
 
 def hard_rows(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -98,14 +103,16 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.nan_to_num(), right.nan_to_num()) and torch.equal(left.isnan(), right.isnan())
 
 
-def reference(gemm: Gemm, x: torch.Tensor) -> torch.Tensor:
-    """The tree's bits for x: tiles of 32 rows, the last one zero-padded, on one thread."""
+def reference(gemm: Gemm, x: torch.Tensor, n: int) -> torch.Tensor:
+    """The tree's bits, [rows, n], for x: tiles of 32 rows, the last one zero-padded, on one thread."""
+    y = x.new_empty(x.shape[0], n)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return RowSchedule((REFERENCE_ROWS,) * REFERENCE_ROWS).run(gemm, x)
+        RowSchedule((REFERENCE_ROWS,) * REFERENCE_ROWS).run(gemm, x, y)
     finally:
         torch.set_num_threads(threads)
+    return y
 
 
 def max_tile(n: int, k: int) -> int:
@@ -113,37 +120,44 @@ def max_tile(n: int, k: int) -> int:
     return MAX_TILE if n * k <= LARGE_WEIGHT else MAX_TILE_LARGE
 
 
-def certified_row_counts(gemm: Gemm, x: torch.Tensor, max_rows: int) -> tuple[int, ...]:
+def certified_row_counts(gemm: Gemm, x: torch.Tensor, n: int, max_rows: int) -> tuple[int, ...]:
     """The row counts up to `max_rows` at which `gemm` gives the tree's bits.
 
-    x: hard data, more than `max_rows` rows. Rounding hides most of a wrong order, so small counts walk over all of x
-    and large ones over two windows that start at different places: each row meets several positions and neighbours.
+    x: hard data, more than `max_rows` rows; n: width of the product. Rounding hides most of a wrong order, so small
+    counts walk over all of x and large ones over two windows that start at different places: each row meets several
+    positions and neighbours.
     Raises CertificationError when not even the reference's own tile is stable under this process's number of threads.
     """
-    expected = reference(gemm, x)
+    expected = reference(gemm, x, n)
     last = x.shape[0]
+    out = torch.empty_like(expected)
+
+    def on_the_tree(start: int, stop: int) -> bool:
+        gemm(x[start:stop], out[start:stop])
+        return _same_bits(out[start:stop], expected[start:stop])
+
     certified = []
     for rows in range(1, max_rows + 1):
         starts = range(0, last - rows + 1, rows) if rows <= 8 else (0, (37 * rows) % (last - rows + 1))
-        if all(_same_bits(gemm(x[start : start + rows]), expected[start : start + rows]) for start in starts):
+        if all(on_the_tree(start, start + rows) for start in starts):
             certified.append(rows)
     if REFERENCE_ROWS not in certified:
         raise CertificationError(
-            f"linear layer [rows, {x.shape[1]}] x [{x.shape[1]}, {expected.shape[1]}] {x.dtype}: the library's "
+            f"linear layer [rows, {x.shape[1]}] x [{x.shape[1]}, {n}] {x.dtype}: the library's "
             f"{REFERENCE_ROWS}-row product changes its bits between 1 and {torch.get_num_threads()} threads or between "
             "positions; run with fewer threads (VLLM_CPU_OMP_THREADS_BIND)"
         )
     return tuple(certified)
 
 
-def schedule(gemm: Gemm, x: torch.Tensor, certified: Sequence[int]) -> RowSchedule:
+def schedule(gemm: Gemm, x: torch.Tensor, n: int, certified: Sequence[int]) -> RowSchedule:
     """The fastest way, as timed here, to run each number of rows through a certified count.
 
     Every candidate gives the same bits, so timing cannot change an answer. Only counts up to 16 are timed: there a call
     reads the weight and a few rows more are nearly free; above, the next certified count is the fastest.
     """
     counts = sorted(certified)
-    seconds = {count: _seconds(gemm, x[:count]) for count in counts if count <= 16}
+    seconds = {count: _seconds(gemm, x[:count], n) for count in counts if count <= 16}
     padded = []
     for rows in range(1, counts[-1] + 1):
         nearest = next(count for count in counts if count >= rows)
@@ -155,11 +169,12 @@ def schedule(gemm: Gemm, x: torch.Tensor, certified: Sequence[int]) -> RowSchedu
     return RowSchedule(tuple(padded))
 
 
-def _seconds(gemm: Gemm, x: torch.Tensor, repeats: int = 5) -> float:
-    gemm(x)
+def _seconds(gemm: Gemm, x: torch.Tensor, n: int, repeats: int = 5) -> float:
+    y = x.new_empty(x.shape[0], n)
+    gemm(x, y)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        gemm(x)
+        gemm(x, y)
         times.append(time.perf_counter() - start)
     return sorted(times)[repeats // 2]

@@ -34,15 +34,10 @@ def _cpu_linear(
     x: torch.Tensor, handler: torch.Tensor, bias: torch.Tensor | None, n: int, schedule: int
 ) -> torch.Tensor:
     """y = x @ W.T + bias on the tree. x: [..., K]; returns [..., N] of x's dtype."""
-
-    def gemm(rows: torch.Tensor) -> torch.Tensor:
-        y = rows.new_empty((rows.shape[0], n))
-        _onednn_mm(y, rows, bias, handler)
-        return y
-
-    if x.dim() == 2:
-        return _by_number[schedule].run(gemm, x)
-    return _by_number[schedule].run(gemm, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], n)
+    y = x.new_empty((*x.shape[:-1], n))
+    rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, x.shape[-1]), y.view(-1, n))
+    _by_number[schedule].run(lambda a, b: _onednn_mm(b, a, bias, handler), rows, out)
+    return y
 
 
 def _cpu_linear_fake(
@@ -61,14 +56,7 @@ torch.library.register_fake("vllm_deterministic::cpu_linear", _cpu_linear_fake, 
 def packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, cpu.Gemm]:
     """vLLM's packed oneDNN weight of [N, K], which must outlive its use, and the bare product with it."""
     handler = ops.create_onednn_mm(weight.t(), 32)
-    n = weight.shape[0]
-
-    def gemm(x: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty((x.shape[0], n))
-        _onednn_mm(y, x, bias, handler.handler_tensor)
-        return y
-
-    return handler, gemm
+    return handler, lambda x, y: _onednn_mm(y, x, bias, handler.handler_tensor)
 
 
 def _dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -111,8 +99,8 @@ def _certify(n: int, k: int, dtype: torch.dtype, has_bias: bool) -> cpu.RowSched
     _, gemm = packed_product(weight, weight[:, 0].contiguous() if has_bias else None)
     most = cpu.max_tile(n, k)
     x = cpu.hard_rows(most + 40, k, dtype)
-    certified = cpu.certified_row_counts(gemm, x, most)
-    chosen = cpu.schedule(gemm, x, certified)
+    certified = cpu.certified_row_counts(gemm, x, n, most)
+    chosen = cpu.schedule(gemm, x, n, certified)
     missing = sorted(set(range(1, most + 1)) - set(certified))
     logger.info(
         "certified %s x %s %s in %.1f s on %d threads: %d of %d row counts are on the tree%s, tile %d",
