@@ -59,9 +59,9 @@ def packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any
     return handler, lambda x, y: _onednn_mm(y, x, bias, handler.handler_tensor)
 
 
-def _dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+def _dispatch(layer: Any, remove_weight: bool) -> None:
     """Stands for vLLM's dispatch_cpu_unquantized_gemm: packs the weight and sets `layer.cpu_linear`."""
-    weight: Any = layer.weight
+    weight = layer.weight
     if weight.is_meta:
         layer.cpu_linear = torch.nn.functional.linear
         return
