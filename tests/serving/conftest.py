@@ -19,16 +19,22 @@ STORY = (
     "and in one corner somebody has written the date of his own birth. He asks the baker, the priest and the captain "
     "of the mail boat what they know. Each of them tells another story, and each story is true in one detail only. "
 )
-# About 310 tokens: three pages of the KV cache with the answer, and twenty chunks where a chunk has 16 tokens.
-LONG_PROMPT = STORY * 4 + "Continue the story."
+# 274 tokens: eighteen chunks of 16, and two full pages of the KV cache with a short rest. The rest is what a prefix hit
+# computes, and only a short one runs on another path than the whole prompt does in vLLM without the flag.
+LONG_PROMPT = STORY * 3 + STORY[: STORY.index("Each of them")] + "Continue the story."
+
+
+VARIANTS = {
+    "small": ("--num-gpu-blocks-override", "17"),
+    "random": ("--deterministic-unseeded", "random"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A server configuration. `name` reads mode-dtype-compilation-tokens, for example det-bf16-compiled-2048."""
+    """A server configuration: mode-dtype-compilation-tokens[-variant], for example det-bf16-compiled-2048."""
 
     name: str
-    extra: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -37,13 +43,13 @@ class Config:
 
     @property
     def cli_args(self) -> list[str]:
-        mode, _, compilation, tokens = self.name.split("-")
+        mode, _, compilation, tokens, *variants = self.name.split("-")
         args = ["--dtype", self.dtype, "--max-model-len", "2048", "--max-num-batched-tokens", tokens]
         # vLLM wants at least as many tokens in a step as sequences.
         args += ["--max-num-seqs", "8" if int(tokens) < 64 else "64"]
         args += ["--enforce-eager"] if compilation == "eager" else []
         args += ["--deterministic"] if mode == "det" else []
-        return [*args, *self.extra]
+        return [*args, *(option for variant in variants for option in VARIANTS[variant])]
 
 
 class Servers:
@@ -55,9 +61,9 @@ class Servers:
         self._live: tuple[Config, Server] | None = None
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
-    def get(self, name: str, *extra: str, **env: str) -> Server:
+    def get(self, name: str, **env: str) -> Server:
         """The live server of this configuration: the one that runs if it is that, else a new one in its place."""
-        config = Config(name, extra, tuple(sorted(env.items())))
+        config = Config(name, tuple(sorted(env.items())))
         if self._live is None or self._live[0] != config or not self._live[1].healthy():
             self.stop()
             log = self._logs / f"{name}-{uuid.uuid4().hex[:6]}.log"
@@ -81,7 +87,7 @@ class Servers:
 
     def reference(self, name: str, probe: Probe) -> list[Answer]:
         """What the deterministic server of the same dtype and compilation, with 2048 tokens a step, answers."""
-        _, dtype, compilation, _ = name.split("-")
+        _, dtype, compilation = name.split("-")[:3]
         return self.answers(f"det-{dtype}-{compilation}-2048", probe)
 
 
@@ -178,7 +184,7 @@ def axes() -> type[Axes]:
 
 @pytest.fixture(scope="session")
 def probes() -> dict[str, Probe]:
-    """T = 0 and T = 0.8 with a seed: about 310 tokens in, 64 out, logprobs of the chosen tokens."""
+    """T = 0 and T = 0.8 with a seed: 274 tokens in, 64 out, logprobs of the chosen tokens."""
     common = {"prompt": LONG_PROMPT, "max_tokens": 64, "logprobs": 0, "extra_body": {"ignore_eos": True}}
     return {
         "greedy": Probe(name="greedy", temperature=0.0, **common),

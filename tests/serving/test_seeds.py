@@ -13,6 +13,7 @@ pytestmark = pytest.mark.serving
 
 MAIN = "det-bf16-compiled-2048"
 main = pytest.mark.parametrize("config", [MAIN])
+fresh = pytest.mark.parametrize("config", [f"{MAIN}-random"])
 
 
 @main
@@ -43,11 +44,11 @@ def test_length_and_delivery_do_not_change_the_derived_seed(servers, probes, con
     assert second.logprobs[:16] == first.logprobs
 
 
-@main
+@fresh
 def test_random_seeds_are_fresh_and_returned(servers, probes, said, config):
     """Also a restart with another option: seeded answers are those of the first server."""
     reference = servers.reference(config, probes["seeded"])
-    endpoint = servers.get(config, "--deterministic-unseeded", "random").endpoint
+    endpoint = servers.get(config).endpoint
     assert said(config, "restart", "seeded", reference + asyncio.run(ask(endpoint, probes["seeded"]))).identical
 
     unseeded = dataclasses.replace(probes["seeded"], seed=None, max_tokens=24)
@@ -61,10 +62,10 @@ def test_random_seeds_are_fresh_and_returned(servers, probes, said, config):
         assert compare([answer, *again]).identical
 
 
-@main
+@fresh
 def test_random_seed_of_streamed_choices(servers, probes, config):
     """One seed for the request; choice i used seed + i."""
-    endpoint = servers.get(config, "--deterministic-unseeded", "random").endpoint
+    endpoint = servers.get(config).endpoint
     two = dataclasses.replace(probes["seeded"], seed=None, max_tokens=16, n=2, stream=True)
     choices = by_choice(asyncio.run(ask(endpoint, two)))
     for index, (answer,) in choices.items():
