@@ -19,9 +19,9 @@ STORY = (
     "and in one corner somebody has written the date of his own birth. He asks the baker, the priest and the captain "
     "of the mail boat what they know. Each of them tells another story, and each story is true in one detail only. "
 )
-# 274 tokens: eighteen chunks of 16, and two full pages of the KV cache with a short rest. The rest is what a prefix hit
-# computes, and only a short one runs on another path than the whole prompt does in vLLM without the flag.
-LONG_PROMPT = STORY * 3 + STORY[: STORY.index("Each of them")] + "Continue the story."
+# 257 tokens: sixteen chunks of 16 and one token, two pages of the KV cache and one token. That token alone is what a
+# prefix hit computes: one row, as in decoding, where vLLM without the flag takes other paths than for many.
+LONG_PROMPT = STORY * 3 + STORY[: STORY.index(", the priest")]
 
 
 VARIANTS = {
@@ -184,7 +184,7 @@ def axes() -> type[Axes]:
 
 @pytest.fixture(scope="session")
 def probes() -> dict[str, Probe]:
-    """T = 0 and T = 0.8 with a seed: 274 tokens in, 64 out, logprobs of the chosen tokens."""
+    """T = 0 and T = 0.8 with a seed: 257 tokens in, 64 out, logprobs of the chosen tokens."""
     common = {"prompt": LONG_PROMPT, "max_tokens": 64, "logprobs": 0, "extra_body": {"ignore_eos": True}}
     return {
         "greedy": Probe(name="greedy", temperature=0.0, **common),

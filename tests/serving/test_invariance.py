@@ -14,7 +14,7 @@ from vllm_deterministic.verify.probes import Probe, ask, by_choice, run_load
 
 pytestmark = pytest.mark.serving
 
-# 2048: prefills in one piece. 16: in twenty chunks, the neighbours queue. 64: in between, with decodes beside chunks.
+# 2048: prefills in one piece. 16: in seventeen chunks, the neighbours queue. 64: in between, decodes beside chunks.
 # Compiled and eager round at other places, so each has its own reference; CI runs one of each.
 QUICK = ["det-bf16-compiled-2048", "det-bf16-compiled-16", "det-f32-eager-2048"]
 SLOW = [
@@ -36,6 +36,8 @@ def test_alone_in_any_chunks(servers, probes, said, config, kind):
     """16, 64 and 2048 tokens a step: three processes, one answer."""
     reference = servers.reference(config, probes[kind])
     alone = asyncio.run(ask(servers.get(config).endpoint, probes[kind]))
+    # One token more than full chunks and full pages: the controls rest on it.
+    assert len(alone[0].prompt_token_ids) % 128 == 1
     assert said(config, "chunk", kind, reference + alone).identical
 
 
