@@ -1,0 +1,34 @@
+"""The report says what would keep `--deterministic` from starting."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_deterministic import cli, doctor
+
+
+def test_a_refused_variable_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [finding for finding in doctor.findings() if finding.what == "environment"]
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    (finding,) = [finding for finding in doctor.findings() if finding.what == "environment"]
+    assert finding.fatal
+    assert "Unset VLLM_BATCH_INVARIANT" in finding.value
+
+
+def test_a_plugin_list_without_us_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert any(finding.fatal and finding.what == "VLLM_PLUGINS" for finding in doctor.findings())
+
+
+def test_an_unknown_vllm_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr("vllm_deterministic.compat.vllm_version", lambda: "9.9.9")
+    assert any(finding.fatal and "9.9.9" in finding.value for finding in doctor.findings())
+
+
+def test_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm")
+    assert cli.main(["doctor"]) == 0
+    monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "1")
+    assert cli.main(["doctor"]) == 1
+    assert "VLLM_CPU_ATTN_SPLIT_KV" in capsys.readouterr().out
