@@ -167,13 +167,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups the serving tests by server, in the order in which the servers are first named; the rest stays put."""
+    """Groups the serving tests by server, the variants after their base, whose answers they need; the rest stays."""
     seen: dict[str, int] = {}
     ranks = {}
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         name = params.get("config") if item.get_closest_marker("serving") else None
-        ranks[item] = seen.setdefault(name, len(seen)) if name else -1
+        parts = name.split("-") if name else []
+        variant = list(VARIANTS).index(parts[4]) if len(parts) > 4 else -1
+        ranks[item] = (seen.setdefault("-".join(parts[:4]), len(seen)) if name else -1, variant)
     items.sort(key=ranks.__getitem__)
 
 
