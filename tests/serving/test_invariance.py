@@ -118,7 +118,7 @@ def test_choices_are_seeds(servers, probes, said, config):
 @pytest.mark.parametrize("config", ["det-bf16-compiled-2048-small"])
 def test_preempted(servers, probes, said, config):
     """A cache of 16 pages and eight requests that need three each at first, and four in the end: some are evicted."""
-    longer = {kind: dataclasses.replace(probe, max_tokens=128) for kind, probe in probes.items()}
+    longer = {kind: dataclasses.replace(probe, max_tokens=160) for kind, probe in probes.items()}
     expected = {kind: servers.reference(config, probe) for kind, probe in longer.items()}
     server = servers.get(config)
     for kind, probe in longer.items():
