@@ -86,6 +86,13 @@ CPU_SEAMS = {
         "the top-k/top-p algorithm depends on the neighbours' parameters",
         "each row's algorithm depends on that row alone",
     ),
+    "top_logprobs": Seam(
+        "vllm.v1.sample.sampler",
+        "Sampler.gather_logprobs",
+        ("logprobs", "num_logprobs", "token_ids"),
+        "which of equal logprobs is named first depends on how many the neighbours ask for",
+        "vLLM breaks ties by token id",
+    ),
 }
 REQUEST_SEAMS = {
     "process_inputs": Seam(

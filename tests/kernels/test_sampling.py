@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from vllm_deterministic.kernels.sampling.noise import derive_seed, noise_seed  # noqa: E402
+from vllm_deterministic.kernels.sampling.top import top_logprobs  # noqa: E402
 from vllm_deterministic.kernels.sampling.truncate import top_k_top_p_by_row  # noqa: E402
 
 VOCAB = 1000
@@ -55,6 +56,20 @@ def test_ties_in_the_nucleus_go_to_the_lower_token_id() -> None:
     row = torch.zeros(1, 8)
     kept = top_k_top_p_by_row(row, None, torch.tensor([0.5]))[0] > -1e30
     assert kept.tolist() == [True] * 4 + [False] * 4
+
+
+def test_top_logprobs_of_a_smaller_k_are_the_head_of_a_larger_one() -> None:
+    rows = logits().to(torch.bfloat16).float()  # bf16 makes many equal values
+    rows[0, 5] = float("-inf")
+    values, indices = top_logprobs(rows, 20)
+    for k in (0, 1, 2, 7, 19):
+        fewer = top_logprobs(rows, k)
+        assert torch.equal(fewer[0], values[:, :k])
+        assert torch.equal(fewer[1], indices[:, :k])
+    assert torch.equal(values, torch.topk(rows, 20).values)
+    assert indices[:, :2].tolist() == [[10, 11]] * len(rows)
+    # The control: torch.topk promises no order among equals, and does not keep the one asserted here.
+    assert not torch.equal(torch.topk(torch.zeros(1, VOCAB), 20).indices, top_logprobs(torch.zeros(1, VOCAB), 20)[1])
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:

@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingType
 from vllm_deterministic import compat
 from vllm_deterministic.errors import DeterministicError
 from vllm_deterministic.kernels.sampling.noise import noise_seed
+from vllm_deterministic.kernels.sampling.top import top_logprobs
 from vllm_deterministic.kernels.sampling.truncate import top_k_top_p_by_row
 
 __all__ = ["RowNoise", "arm"]
@@ -37,9 +38,10 @@ class RowNoise:
 
 
 def arm() -> None:
-    """Installs both seams in this worker process. Idempotent. Raises SeamError."""
+    """Installs the seams in this worker process. Idempotent. Raises SeamError."""
     compat.install(compat.CPU_SEAMS["input_batch"], _noise_instead_of_generators)
     compat.install(compat.CPU_SEAMS["sampler"], lambda original: _sample)
+    compat.install(compat.CPU_SEAMS["top_logprobs"], _ties_by_token_id)
 
 
 def _noise_instead_of_generators(add_request: Callable[..., int]) -> Callable[..., int]:
@@ -54,6 +56,19 @@ def _noise_instead_of_generators(add_request: Callable[..., int]) -> Callable[..
                 )
             self.generators[index] = RowNoise(request)
         return index
+
+    return wrapped
+
+
+def _ties_by_token_id(gather_logprobs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(gather_logprobs)
+    def wrapped(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        chosen = gather_logprobs(logprobs, 0, token_ids)  # the token's own logprob and rank: vLLM's
+        values, indices = top_logprobs(logprobs, num_logprobs)
+        return chosen._replace(
+            logprob_token_ids=torch.cat((chosen.logprob_token_ids, indices.to(torch.int32)), dim=1),
+            logprobs=torch.cat((chosen.logprobs, values), dim=1),
+        )
 
     return wrapped
 
