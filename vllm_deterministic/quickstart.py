@@ -19,7 +19,7 @@ from rich.text import Text
 from vllm_deterministic import models
 from vllm_deterministic.errors import DeterministicError
 from vllm_deterministic.verify.probes import Answer, Comparison, Probe, compare, run_load
-from vllm_deterministic.verify.server import Server, free_port, serve
+from vllm_deterministic.verify.server import Server, serve
 
 __all__ = ["main"]
 
@@ -89,7 +89,7 @@ def _server(model: str, args: argparse.Namespace, log: Path, *flags: str) -> Ite
     with contextlib.ExitStack() as stack:
         with console.status(f"starting {label} (about a minute; log: {log})"):
             start = time.monotonic()
-            served = serve(model, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1"}, log=log, port=args.port or free_port())
+            served = serve(model, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1"}, log=log, port=args.port, timeout=900)
             server = stack.enter_context(served)
         console.print(f"[green]✓[/green] {label}: ready after {time.monotonic() - start:.0f} s")
         yield server

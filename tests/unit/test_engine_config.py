@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({}, {"VLLM_CPU_ATTN_SPLIT_KV": "1"}, "Unset VLLM_CPU_ATTN_SPLIT_KV"),
     ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, "Unset VLLM_USE_RUST_FRONTEND"),
 ]
-SEAMS = ("linear", "input_batch", "sampler")
+SEAMS = tuple(CPU_SEAMS)
 
 
 @pytest.fixture(scope="module")
