@@ -115,7 +115,11 @@ def test_choices_are_seeds(servers, probes, said, config):
     assert len(texts) > 1, "the control: other seeds give other answers"
 
 
-@pytest.mark.parametrize("config", ["det-bf16-compiled-2048-small"])
+@pytest.mark.parametrize(
+    "config",
+    # Another cache size compiles anew, so CI takes the eager one.
+    ["det-f32-eager-2048-small", pytest.param("det-bf16-compiled-2048-small", marks=pytest.mark.slow)],
+)
 def test_preempted(servers, probes, said, config):
     """A cache of 16 pages and eight requests that need three each at first, and four in the end: some are evicted."""
     longer = {kind: dataclasses.replace(probe, max_tokens=160) for kind, probe in probes.items()}
