@@ -94,6 +94,8 @@ CPU_SEAMS = {
         "vLLM breaks ties by token id",
     ),
 }
+_EARLY = "refuses a request before its stream has begun"
+_LATE_CHECK = "Platform.validate_request runs before the response starts"
 REQUEST_SEAMS = {
     "process_inputs": Seam(
         "vllm.v1.engine.input_processor",
@@ -106,22 +108,22 @@ REQUEST_SEAMS = {
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest.to_sampling_params",
         ("self", "max_tokens", "default_sampling_params"),
-        "refuses a request before its stream has begun",
-        "Platform.validate_request runs before the response starts",
+        _EARLY,
+        _LATE_CHECK,
     ),
     "completion": Seam(
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionRequest.to_sampling_params",
         ("self", "max_tokens", "default_sampling_params"),
-        "as chat",
-        "as chat",
+        _EARLY,
+        _LATE_CHECK,
     ),
     "responses": Seam(
         "vllm.entrypoints.openai.responses.protocol",
         "ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens", "default_sampling_params"),
-        "as chat",
-        "as chat",
+        _EARLY,
+        _LATE_CHECK,
     ),
     "chat_beam": Seam(
         "vllm.entrypoints.openai.chat_completion.protocol",
@@ -134,8 +136,8 @@ REQUEST_SEAMS = {
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionRequest.to_beam_search_params",
         ("self", "max_tokens", "default_sampling_params"),
-        "as chat_beam",
-        "as chat_beam",
+        "refuses beam search before its stream has begun",
+        "beam search is proved",
     ),
 }
 
