@@ -125,6 +125,13 @@ REQUEST_SEAMS = {
         _EARLY,
         _LATE_CHECK,
     ),
+    "completion_create": Seam(
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion.create_completion",
+        ("self", "request", "raw_request"),
+        "vLLM answers a streamed beam search before it asks for parameters, and names no parameter",
+        "vLLM's answer names use_beam_search",
+    ),
     "chat_beam": Seam(
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest.to_beam_search_params",

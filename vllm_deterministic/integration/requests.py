@@ -52,8 +52,25 @@ def arm(settings: Settings, server_seed: int) -> None:
     for name in ("chat", "completion", "responses"):
         compat.install(compat.REQUEST_SEAMS[name], _checked)
     for name in ("chat_beam", "completion_beam"):
-        compat.install(compat.REQUEST_SEAMS[name], lambda original: _no_beam_search)
+        compat.install(compat.REQUEST_SEAMS[name], _checked_beam)
+    compat.install(compat.REQUEST_SEAMS["completion_create"], _checked_first)
     compat.install(compat.REQUEST_SEAMS["process_inputs"], _seeded)
+
+
+def _refuse(request: Any) -> None:
+    """Raises VLLMValidationError, which becomes HTTP 400 with `param`, for the first field that is not promised."""
+    fields = type(request).model_fields
+    stated = [
+        name
+        for name in request.model_fields_set & set(fields)
+        if getattr(request, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if (field := policy.request_refusal(stated)) is not None:
+        raise VLLMValidationError(
+            f"{field!r} is not proved deterministic: leave it out, or ask a server without --deterministic",
+            parameter=field,
+            value=getattr(request, field),
+        )
 
 
 def _checked(to_sampling_params: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
@@ -61,17 +78,7 @@ def _checked(to_sampling_params: Callable[..., SamplingParams]) -> Callable[...,
 
     @functools.wraps(to_sampling_params)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
-        given = (name for name in self.model_fields_set if name in type(self).model_fields)
-        defaults = type(self).model_fields
-        stated = [
-            name for name in given if getattr(self, name) != defaults[name].get_default(call_default_factory=True)
-        ]
-        if (field := policy.request_refusal(stated)) is not None:
-            raise VLLMValidationError(
-                f"{field!r} is not proved deterministic: leave it out, or ask a server without --deterministic",
-                parameter=field,
-                value=getattr(self, field),
-            )
+        _refuse(self)
         params = to_sampling_params(self, *args, **kwargs)
         if _State.settings.unseeded == "random" and _needs_seed(params):
             params.seed = _fresh_seed()
@@ -82,12 +89,22 @@ def _checked(to_sampling_params: Callable[..., SamplingParams]) -> Callable[...,
     return wrapped
 
 
-def _no_beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-    raise VLLMValidationError(
-        "'use_beam_search' is not proved deterministic: leave it out, or ask a server without --deterministic",
-        parameter="use_beam_search",
-        value=True,
-    )
+def _checked_beam(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to_beam_search_params)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse(self)
+        return to_beam_search_params(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _checked_first(create_completion: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create_completion)
+    async def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse(request)
+        return await create_completion(self, request, *args, **kwargs)
+
+    return wrapped
 
 
 def _needs_seed(params: SamplingParams) -> bool:
