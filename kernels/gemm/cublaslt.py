@@ -1,0 +1,166 @@
+"""cuBLASLt with split-K forbidden: called directly, so that PyTorch's process-wide switches stay as the user has them.
+
+No workspace is allowed either: without one there is nothing that two streams could share, and no size that a result
+could depend on. Row-major y = x @ W.T is column-major y' = W' x with W' transposed.
+"""
+
+from __future__ import annotations
+
+import threading
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from vllm_deterministic.kernels.gemm import _cublaslt_api as api
+from vllm_deterministic.kernels.gemm.tree import Problem
+
+__all__ = ["CublasLt", "candidates", "version"]
+
+_ONE, _ZERO = c_float(1.0), c_float(0.0)
+# The bias's address is an attribute of a descriptor that all layers of a shape share.
+_bias_lock = threading.Lock()
+
+
+def version() -> int:
+    """The library's version, for example 130100."""
+    return int(api.library().cublasLtGetVersion())
+
+
+@cache
+def _handle(device: int) -> c_void_p:
+    with torch.cuda.device(device):
+        return api.create("cublasLtCreate")
+
+
+@cache
+def _preference() -> c_void_p:
+    preference = api.create("cublasLtMatmulPreferenceCreate")
+    api.set_attribute("MatmulPreference", preference, api.PREF_WORKSPACE, c_uint64(0))
+    api.set_attribute("MatmulPreference", preference, api.PREF_REDUCTION_SCHEMES, c_uint32(0))  # none: no split-K
+    return preference
+
+
+@cache
+def _descriptor(problem: Problem) -> c_void_p:
+    compute = api.COMPUTE_32F_PEDANTIC if problem.dtype == torch.float32 else api.COMPUTE_32F
+    descriptor = api.create("cublasLtMatmulDescCreate", c_int(compute), c_int(api.DATA_TYPE[torch.float32]))
+    api.set_attribute("MatmulDesc", descriptor, api.DESC_TRANSA, c_int32(1))
+    if problem.bias:
+        api.set_attribute("MatmulDesc", descriptor, api.DESC_EPILOGUE, c_uint32(api.EPILOGUE_BIAS))
+        api.set_attribute("MatmulDesc", descriptor, api.DESC_BIAS_TYPE, c_int32(api.DATA_TYPE[problem.dtype]))
+        api.set_attribute("MatmulDesc", descriptor, api.DESC_BIAS_POINTER, c_uint64(256))  # a real one comes per call
+    return descriptor
+
+
+@cache
+def _layout(dtype: torch.dtype, rows: int, columns: int, stride: int) -> c_void_p:
+    return api.create(
+        "cublasLtMatrixLayoutCreate", c_int(api.DATA_TYPE[dtype]), c_uint64(rows), c_uint64(columns), c_int64(stride)
+    )
+
+
+def _operands(problem: Problem, out_dtype: torch.dtype, m: int, stride: int) -> tuple[Any, ...]:
+    """Descriptor and layouts of W, x, y and y, in the order of the library's calls."""
+    y = _layout(out_dtype, problem.n, m, problem.n)
+    w = _layout(problem.dtype, problem.k, problem.n, problem.k)
+    return (_descriptor(problem), w, _layout(problem.dtype, problem.k, m, stride), y, y)
+
+
+def _heuristics(device: int, operands: tuple[Any, ...], most: int) -> list[api.Algorithm]:
+    results, count = (api.HeuristicResult * most)(), c_int()
+    api.call(
+        "cublasLtMatmulAlgoGetHeuristic", _handle(device), *operands, _preference(), c_int(most), results, byref(count)
+    )
+    return [result.algorithm for result in results[: count.value] if result.state == 0]
+
+
+@dataclass(frozen=True)
+class CublasLt:
+    """One algorithm of the library, by what it is made of; with algo = -1 the library's own choice for each m.
+
+    The numbers are the library's (cublasLtMatmulTile_t and so on) and mean the same in every version that has them; a
+    version that lacks one refuses the algorithm, and the schedule is not eligible there.
+    """
+
+    algo: int = -1
+    tile: int = 0
+    stages: int = 0
+    cluster: int = 0
+    inner: int = 0
+    swizzle: int = 0
+    option: int = 0
+
+    family = "cublaslt"
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether every row count runs the same code."""
+        return self.algo >= 0
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this schedule cannot run the problem; None where it can. Row counts are tried one by one."""
+        return None
+
+    def rows(self, m: int) -> int:
+        """The library sees every row count itself."""
+        return m
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """Writes the product into y, as `Pointer.run`. Raises RuntimeError for a row count the algorithm cannot do."""
+        problem = Problem(weight.shape[0], weight.shape[1], weight.dtype, bias is not None)
+        device = x.device.index
+        (desc, w_layout, x_layout, y_layout, _), algorithm = _prepared(
+            self, problem, y.dtype, x.shape[0], x.stride(0), device
+        )
+        stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        out = c_void_p(y.data_ptr())
+        arguments = (
+            _handle(device), desc, byref(_ONE), c_void_p(weight.data_ptr()), w_layout, c_void_p(x.data_ptr()), x_layout,
+            byref(_ZERO), out, y_layout, out, y_layout, byref(algorithm), None, c_size_t(0), stream,
+        )  # fmt: skip
+        if bias is None:
+            api.call("cublasLtMatmul", *arguments)
+            return
+        with _bias_lock:
+            api.set_attribute("MatmulDesc", desc, api.DESC_BIAS_POINTER, c_uint64(bias.data_ptr()))
+            api.call("cublasLtMatmul", *arguments)
+
+
+@cache
+def _prepared(
+    schedule: CublasLt, problem: Problem, out_dtype: torch.dtype, m: int, stride: int, device: int
+) -> tuple[tuple[Any, ...], api.Algorithm]:
+    """Operands and algorithm of one call. Raises RuntimeError where the algorithm cannot do it without workspace."""
+    operands = _operands(problem, out_dtype, m, stride)
+    if schedule.algo < 0:
+        found = _heuristics(device, operands, 1)
+        if not found:
+            raise RuntimeError(f"cuBLASLt has no algorithm without split-K for {problem}, M = {m}")
+        return operands, found[0]
+    algorithm = api.Algorithm()
+    single, double = c_int(api.DATA_TYPE[problem.dtype]), c_int(api.DATA_TYPE[out_dtype])
+    compute = api.COMPUTE_32F_PEDANTIC if problem.dtype == torch.float32 else api.COMPUTE_32F
+    api.call(
+        "cublasLtMatmulAlgoInit", _handle(device), c_int(compute), c_int(api.DATA_TYPE[torch.float32]), single, single,
+        double, double, c_int(schedule.algo), byref(algorithm),
+    )  # fmt: skip
+    api.set_config(algorithm, {name: getattr(schedule, name) for name in api.CONFIG})
+    result = api.HeuristicResult()
+    api.call("cublasLtMatmulAlgoCheck", _handle(device), *operands, byref(algorithm), byref(result))
+    if result.state or result.workspace:
+        raise RuntimeError(f"{schedule} needs a workspace of {result.workspace} bytes for {problem}, M = {m}")
+    return operands, algorithm
+
+
+def candidates(problem: Problem, m: int, device: int, most: int = 16) -> list[CublasLt]:
+    """What the library itself would consider for this row count, best guess first; none of it splits K."""
+    operands = _operands(problem, problem.dtype, m, problem.k)
+    configs = [api.config_of(algorithm) for algorithm in _heuristics(device, operands, most)]
+    found = [
+        CublasLt(**{name: value for name, value in config.items() if name != "split_k"})
+        for config in configs
+        if config["split_k"] <= 1
+    ]
+    return list(dict.fromkeys(found))
