@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vllm_deterministic import __version__, doctor, models
+from vllm_deterministic import __version__, doctor, linear_commands, models
 from vllm_deterministic.errors import DeterministicError
 
 __all__ = ["main"]
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-deterministic", description="Deterministic serving for vLLM.")
     parser.add_argument("--version", action="version", version=f"vllm-deterministic {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for subcommand in (doctor, models):
+    for subcommand in (doctor, models, linear_commands):
         subcommand.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

@@ -14,7 +14,17 @@ from typing import Any
 
 from vllm_deterministic.errors import SeamError
 
-__all__ = ["CPU_SEAMS", "ENTRY_SEAMS", "REQUEST_SEAMS", "SUPPORTED", "Seam", "install", "probe", "vllm_version"]
+__all__ = [
+    "CPU_SEAMS",
+    "ENTRY_SEAMS",
+    "GPU_SEAMS",
+    "REQUEST_SEAMS",
+    "SUPPORTED",
+    "Seam",
+    "install",
+    "probe",
+    "vllm_version",
+]
 
 # (major, minor) of the vLLM releases each device is proved on.
 SUPPORTED: dict[str, tuple[str, ...]] = {"cpu": ("0.32",)}
@@ -92,6 +102,30 @@ CPU_SEAMS = {
         ("logprobs", "num_logprobs", "token_ids"),
         "which of equal logprobs is named first depends on how many the neighbours ask for",
         "vLLM breaks ties by token id",
+    ),
+}
+_ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
+GPU_SEAMS = {
+    "linear": Seam(
+        "vllm.model_executor.layers.linear",
+        "UnquantizedLinearMethod.apply",
+        ("self", "layer", "x", "bias"),
+        _ROW_COUNT,
+        "vLLM lets a plugin register an unquantised linear kernel",
+    ),
+    "lm_head": Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.apply",
+        ("self", "layer", "x", "bias"),
+        _ROW_COUNT,
+        "vLLM lets a plugin register an unquantised linear kernel",
+    ),
+    "graph": Seam(
+        "vllm.compilation.backends",
+        "VllmBackend.__call__",
+        ("self", "graph", "example_inputs"),
+        "a model may multiply matrices outside of its linear layers",
+        "vLLM lets a plugin look at the traced graph",
     ),
 }
 _EARLY = "refuses a request before its stream has begun"
