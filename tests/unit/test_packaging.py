@@ -18,6 +18,7 @@ MAPPED = {
     "kernels": "vllm_deterministic/kernels",
     "configs": "vllm_deterministic/configs",
 }
+SHIPPED = {".py", ".json", ".toml", ".yaml", ".cpp", ".cu", ".typed", ".j2", ".css"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_no_file_of_the_tree_is_missing_from_the_wheel(wheel: set[str]) -> None:
     for folder, target in MAPPED.items():
         for file in (ROOT / folder).rglob("*"):
-            if file.is_file() and file.suffix in {".py", ".json", ".toml", ".yaml", ".cpp", ".cu", ".typed"}:
+            if file.is_file() and file.suffix in SHIPPED:
                 assert f"{target}/{file.relative_to(ROOT / folder)}" in wheel
 
 
@@ -48,7 +49,7 @@ def test_the_plugin_is_registered() -> None:
 
 
 def test_importing_loads_neither_torch_nor_vllm() -> None:
-    modules = "vllm_deterministic, vllm_deterministic.plugin, vllm_deterministic.verify.probes"
+    modules = "vllm_deterministic, vllm_deterministic.plugin, vllm_deterministic.verify.runner"
     program = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "vllm_deterministic" in loaded

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ __all__ = [
     "by_choice",
     "compare",
     "digest",
+    "hang_up",
     "neighbour",
     "run_load",
     "score",
@@ -226,6 +227,17 @@ async def ask(endpoint: Endpoint, probe: Probe, client: openai.AsyncOpenAI | Non
             prompt_ids = prompt_ids or list(_extra(choice, "prompt_token_ids") or ())
             parts.setdefault(choice.index, _Part()).add(choice, probe)
     return [part.answer(index, tuple(prompt_ids), seeds) for index, part in sorted(parts.items())]
+
+
+async def hang_up(endpoint: Endpoint, probe: Probe, after_chunks: int, client: openai.AsyncOpenAI) -> None:
+    """Streams the probe's answer and closes the connection after some chunks, as a user who has seen enough does."""
+    service: Any = client.chat.completions if probe.is_chat else client.completions
+    async with await service.create(**replace(probe, stream=True).request(endpoint)) as stream:
+        read = 0
+        async for _ in stream:
+            read += 1
+            if read >= after_chunks:
+                return
 
 
 async def _pieces(response: Any, stream: bool) -> Any:

@@ -1,0 +1,70 @@
+"""pytest plugin: `deterministic_endpoint`, an endpoint that has been verified before the first test uses it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+__all__ = ["deterministic_endpoint", "deterministic_report"]
+
+# Option -> (environment variable, default, help)
+OPTIONS = {
+    "--deterministic-url": ("DETERMINISTIC_URL", None, "OpenAI endpoint that `deterministic_endpoint` verifies"),
+    "--deterministic-model": ("DETERMINISTIC_MODEL", None, "its model, where it serves several"),
+    "--deterministic-level": ("DETERMINISTIC_LEVEL", "quick", "quick, standard or deep (default quick)"),
+    "--deterministic-api-key-env": ("DETERMINISTIC_API_KEY_ENV", None, "environment variable with its API key"),
+    "--deterministic-report": ("DETERMINISTIC_REPORT", None, "folder for the report"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("deterministic", "verified deterministic endpoint")
+    for option, (variable, _, text) in OPTIONS.items():
+        group.addoption(option, default=None, metavar="VALUE", help=f"{text} (or {variable})")
+
+
+def _option(config: pytest.Config, option: str) -> str | None:
+    variable, default, _ = OPTIONS[option]
+    given = config.getoption(option)
+    return str(given) if given is not None else os.environ.get(variable) or default
+
+
+def _key(config: pytest.Config) -> str:
+    name = _option(config, "--deterministic-api-key-env")
+    return (os.environ.get(name) if name else None) or "EMPTY"
+
+
+@pytest.fixture(scope="session")
+def deterministic_report(pytestconfig: pytest.Config) -> Any:
+    """The `Report` of the endpoint named by --deterministic-url; the tests that need it are skipped where none is."""
+    url = _option(pytestconfig, "--deterministic-url")
+    if url is None:
+        pytest.skip("no endpoint: give --deterministic-url URL or set DETERMINISTIC_URL")
+    from pathlib import Path
+
+    from vllm_deterministic.verify import output, verify
+
+    report = verify(
+        url,
+        model=_option(pytestconfig, "--deterministic-model"),
+        level=_option(pytestconfig, "--deterministic-level"),
+        api_key=_key(pytestconfig),
+    )
+    folder = _option(pytestconfig, "--deterministic-report")
+    if folder is not None:
+        output.write(report, Path(folder))
+    return report
+
+
+@pytest.fixture(scope="session")
+def deterministic_endpoint(pytestconfig: pytest.Config, deterministic_report: Any) -> Any:
+    """A verified `Endpoint`, whose answers may be compared with `==`. Fails where it differs or could not be told."""
+    if deterministic_report.verdict != "same":
+        lines = [f"{family.title}: {family.verdict} {family.reason}" for family in deterministic_report.families]
+        pytest.fail(f"{deterministic_report.headline}\n" + "\n".join(lines), pytrace=False)
+    from vllm_deterministic.verify.probes import Endpoint
+
+    facts = deterministic_report.endpoint
+    return Endpoint(facts.url, facts.model, _key(pytestconfig), token_ids=facts.extensions)
