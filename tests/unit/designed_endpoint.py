@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                 busy = False
                 of.in_flight += 1
                 of.arrivals += 1
-            self.met = of.in_flight > 1
+            self.met, self.number = of.in_flight > 1, number
         if busy:
             self._no(429 if of.refused_busy % 2 else 503, "slow down", Retry_After="0.01")
             return
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         tokens, scores = [], []
         for at in range(count):
             # The state is the text so far, so scoring reads what generating wrote.
-            drawn = _number(state, at, "wrong" if wrong and at >= 5 and of.defect != "stream" else "")
+            drawn = _number(state, at, self.number % 3 if wrong and at >= 5 and of.defect != "stream" else "")
             tokens.append(WORDS[drawn % len(WORDS)])
             score = -1.0 - (_number(ids, tokens) % 1000) / 997
             scores.append(round(score, 3) if wrong and of.defect == "stream" else score)

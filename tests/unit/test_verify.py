@@ -64,7 +64,8 @@ def test_an_endpoint_that_says_the_same() -> None:
     [("neighbours", "burst"), ("stream", "stream"), ("pause", "pause"), ("chat", "chat"), ("choices", "choices")],
 )
 def test_a_defect_is_found_by_its_family(defect: str, found_by: str) -> None:
-    report = run(Designed(defect=defect, seconds=0.05), families=(found_by,))
+    # Long enough that requests meet on a busy machine too.
+    report = run(Designed(defect=defect, seconds=0.2), families=(found_by,))
     assert (report.verdict, report.exit_code, report.found_by) == ("differs", 1, [found_by])
     parted = next(case.first_divergence for case in family(report, found_by).cases if case.first_divergence)
     # By design the first five tokens never differ, and rounding does not touch the words.
@@ -137,7 +138,7 @@ def test_bounds(bound: dict[str, float]) -> None:
 
 
 def test_fail_fast_ends_at_the_first_difference() -> None:
-    report = run(Designed(defect="neighbours", seconds=0.05), families=None, fail_fast=True)
+    report = run(Designed(defect="neighbours", seconds=0.2), families=("repeat", "batch", "burst"), fail_fast=True)
     assert (report.verdict, report.partial) == ("differs", True)
     assert len(report.found_by) == 1
 
@@ -241,12 +242,15 @@ def test_a_key_never_reaches_the_report(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--n", "30", "--concurrency", "6", "--tokens", "20", "--report", str(tmp_path)]
-    with serving(Designed(defect="neighbours", seconds=0.02)) as endpoint:
+    with serving(Designed(defect="neighbours", seconds=0.05)) as endpoint:
         assert cli.main(["demo", endpoint.url, *options]) == 1
     told = json.loads((tmp_path / "demo.json").read_text())
     assert told["answered"] == 30 == sum(one["count"] for one in told["answers"])
-    assert [one["parts_at"] for one in told["answers"]] == [None, 5]
-    assert "2 different answers" in capsys.readouterr().out
+    first, *others = [one["parts_at"] for one in told["answers"]]
+    assert first is None
+    assert others
+    assert min(others) == 5
+    assert f"{len(told['answers'])} different answers" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "demo.html").read_text()
     with serving() as endpoint:
         assert cli.main(["demo", endpoint.url, *options]) == 0
@@ -263,7 +267,7 @@ def test_answer(deterministic_endpoint):
 @pytest.mark.parametrize(("defect", "outcome"), [("", "1 passed"), ("neighbours", "1 error"), (None, "1 skipped")])
 def test_pytest_fixture(tmp_path: Path, defect: str | None, outcome: str) -> None:
     (tmp_path / "test_user.py").write_text(PYTEST_FILE)
-    with serving(Designed(defect=defect or "", seconds=0.01)) as endpoint:
+    with serving(Designed(defect=defect or "", seconds=0.02)) as endpoint:
         plugin = "vllm_deterministic.verify.pytest_plugin"
         loaded = [] if any(True for _ in _our_entry_points()) else ["-p", plugin]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *loaded, str(tmp_path)]

@@ -169,9 +169,7 @@ def test_page_is_whole_and_self_contained(made: Report) -> None:
     assert "m&lt;odel&gt;" in text
     assert "<odel>" not in text
     assert "It said &amp; did." in text
-    assert ("<mark>" in text) == any(
-        case.distinct_texts > 1 for one in made.families for case in one.cases
-    )
+    assert ("<mark>" in text) == any(case.distinct_texts > 1 for one in made.families for case in one.cases)
 
 
 def test_page_shows_hostile_text_as_text() -> None:

@@ -63,12 +63,6 @@ def _front_end(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return lambda plant_it: FRONT_END.setdefault(name, plant_it)
 
 
-@_worker("kv-split")
-def _kv_split() -> None:
-    """The KV cache of a long row is cut among idle cores: how, depends on how many rows there are."""
-    os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "1"
-
-
 @_worker("batch-top-p")
 def _batch_top_p() -> None:
     """Every row is cut at the smallest nucleus of the batch."""

@@ -106,7 +106,6 @@ async def _by_chat(endpoint: Endpoint) -> list[Answer]:
 # Fault -> a direct probe that sees it, and the families of which one must name it.
 FAULTS: dict[str, tuple[Callable[[Endpoint], Awaitable[list[Answer]]], set[str]]] = {
     "untiled-linear": (_loaded(GREEDY), {"repeat", "batch"}),
-    "kv-split": (_loaded(LONG), {"batch", "burst", "order", "prefix", "chunks"}),
     "batch-top-p": (_loaded(NUCLEUS), {"batch"}),
     "seed-from-arrival": (_twice(SEEDED), {"repeat"}),
     "noise-from-row": (_loaded(SEEDED), {"batch"}),
