@@ -38,6 +38,7 @@ class Designed:
     models: tuple[str, ...] = ("designed",)
     busy_every: int = 0  # every so many requests get HTTP 429 first
     dies_after: int = 0  # requests, then connections are closed unanswered
+    breaks_streams: bool = False  # the connection ends before the answer does
     seconds: float = 0.002
     seen: int = 0
     refused_busy: int = 0
@@ -201,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
+        if self.of.breaks_streams:
+            self.send_header("Content-Length", "1000000")
         self.end_headers()
         self.close_connection = True
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -211,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for part in (text[:middle], text[middle:]):
                     said = {"delta": {"content": part}} if chat else {"text": part}
                     self._event({"index": choice["index"], "finish_reason": None, "logprobs": None, **said})
+                if self.of.breaks_streams:
+                    return
                 self._event({**choice, **({"delta": {}} if chat else {"text": ""})})
             self.wfile.write(b"data: [DONE]\n\n")
 

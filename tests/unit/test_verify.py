@@ -115,6 +115,13 @@ def test_busy_is_retried_and_no_difference() -> None:
     assert report.retries == behaviour.refused_busy > 5
 
 
+def test_a_stream_that_breaks_off_is_no_difference() -> None:
+    report = run(Designed(breaks_streams=True))
+    assert (report.verdict, report.partial) == ("same", False)
+    assert family(report, "stream").verdict == "could not tell"
+    assert "peer closed connection" in family(report, "stream").reason
+
+
 def test_a_lost_endpoint_leaves_a_partial_report() -> None:
     report = run(Designed(dies_after=20))
     assert (report.verdict, report.exit_code, report.partial) == ("could not tell", 2, True)

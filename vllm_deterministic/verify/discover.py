@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import openai
 
 from vllm_deterministic.verify.probes import Answer, Endpoint, Probe
 from vllm_deterministic.verify.report import EndpointFacts
-from vllm_deterministic.verify.session import Broken, EndpointError, Refused, Session, cause_of, message_of
+from vllm_deterministic.verify.session import (
+    Broken,
+    EndpointError,
+    Refused,
+    Session,
+    TransportError,
+    cause_of,
+    message_of,
+)
 
 __all__ = ["Api", "Capabilities", "base_urls", "discover", "find_model"]
 
@@ -104,7 +111,7 @@ async def find_model(url: str, model: str | None, api_key: str, timeout: float) 
                     ) from error
                 answers.append(f"{base_url}/models: HTTP {error.status_code}")
                 continue
-            except (openai.APIError, httpx.HTTPError, AttributeError, TypeError, ValueError) as error:
+            except (openai.APIError, TransportError, AttributeError, TypeError, ValueError) as error:
                 answers.append(f"{base_url}/models: no list of models ({type(error).__name__})")
                 continue
         if model is None:

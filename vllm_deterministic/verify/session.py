@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import httpx
 import openai
 
 from vllm_deterministic.errors import DeterministicError
@@ -22,10 +22,15 @@ __all__ = [
     "EndpointError",
     "Refused",
     "Session",
+    "TransportError",
     "cause_of",
     "message_of",
     "tokens_of",
 ]
+
+# Where a stream breaks off, the client hands through the error of the library below it: httpx, or what came after it.
+_below = next(base for base in openai.DefaultAsyncHttpxClient.__mro__ if not base.__module__.startswith("openai"))
+TransportError: type[Exception] = importlib.import_module(_below.__module__.partition(".")[0]).HTTPError
 
 BUSY = (429, 503)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -125,7 +130,7 @@ class Session:
                     continue
                 self.counts.errors += 1
                 raise Broken(f"no answer from {self.endpoint.base_url}: {cause_of(error)}") from error
-            except (openai.APIError, httpx.HTTPError) as error:
+            except (openai.APIError, TransportError) as error:
                 self.counts.errors += 1
                 raise Broken(f"the answer broke off: {error}") from error
             except (AttributeError, TypeError, KeyError, ValueError) as error:
