@@ -11,10 +11,16 @@ from typing import Any
 
 from vllm_deterministic.errors import ConfigurationError, DeterministicError
 
-__all__ = ["add_demo_parser", "add_parser", "demo", "verify"]
+__all__ = ["add_parser", "demo", "verify"]
 
 
 def add_parser(subparsers: Any) -> None:
+    """Adds both subcommands."""
+    _add_verify(subparsers)
+    _add_demo(subparsers)
+
+
+def _add_verify(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "verify",
         help="ask any OpenAI endpoint whether it is deterministic",
@@ -38,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=verify)
 
 
-def add_demo_parser(subparsers: Any) -> None:
+def _add_demo(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
         help="one prompt, many times at temperature 0: how many different answers?",
