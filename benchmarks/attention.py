@@ -1,0 +1,293 @@
+"""Attention on the GPU: vLLM's FlashAttention 3 (default and one split) and its batch-invariant Triton kernel against
+ours.
+
+Each point is one CUDA graph a side over scattered pages, rotated through more than the L2 cache holds; what a step
+computes once for all layers (FlashAttention's scheduler metadata, our plan) is outside. The sides take turns, and a
+ratio is the median over the turns, with a bootstrap interval of 95 %.
+
+usage: benchmarks/attention.py [--repeats 9] [--tune] [--parts accuracy decode middle prefill] [--out
+benchmarks/results/attention.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from vllm_deterministic.kernels.attention.certify import Sequences
+from vllm_deterministic.kernels.attention.launch import Attention, Cache, Scratch
+from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill
+from vllm_deterministic.kernels.attention.tree import tree_for
+from vllm_deterministic.kernels.timing import Timed, copies_beyond_l2
+
+QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 128
+KEY_BYTES = 2 * KV_HEADS * HEAD_SIZE * 2
+DECODE_POINTS = [(b, k) for b in (1, 4, 8, 32, 128) for k in (512, 2048, 8192, 32768)] + [(1, 131072), (4, 131072)]
+MIDDLE_POINTS = [(b, k, n) for n in (2, 5, 16) for b, k in ((1, 8192), (32, 2048))]
+PREFILL_POINTS = [(1, 4096, 4096), (4, 4096, 4096), (1, 32768, 32768), (16, 30720, 2048)]
+DEVICE = torch.device("cuda", 0)
+Call = Callable[[], Any]
+
+
+class Case:
+    """`batch` sequences of `keys` keys, the last `queries` of them queries, on `copies` sets of scattered pages."""
+
+    def __init__(self, pool: torch.Tensor, batch: int, keys: int, queries: int) -> None:
+        pages = -(-keys // PAGE)
+        copies = max(1, min(copies_beyond_l2(batch * keys * KEY_BYTES, DEVICE), pool.shape[1] // (batch * pages)))
+        self.k, self.v = pool
+        self.batch, self.keys, self.queries = batch, keys, queries
+        self.tables = (
+            torch.randperm(pool.shape[1], device=DEVICE)[: copies * batch * pages].int().view(copies, batch, pages)
+        )
+        self.q = torch.randn(batch * queries, QUERY_HEADS, HEAD_SIZE, device=DEVICE).bfloat16()
+        self.out = torch.empty_like(self.q)
+        self.start = torch.arange(0, batch * queries + 1, queries, device=DEVICE, dtype=torch.int32)
+        self.kv_len = torch.full((batch,), keys, device=DEVICE, dtype=torch.int32)
+        self.calls = max(copies, 4) if batch * keys * queries < 2**26 else 2
+
+    @property
+    def flops(self) -> float:
+        seen = self.queries * (2 * self.keys - self.queries + 1) / 2
+        return 4.0 * self.batch * QUERY_HEADS * HEAD_SIZE * seen
+
+    def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
+        plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
+        plan.fill(self.start, self.kv_len, attention.tree.split, 0)
+        cache = Cache(self.k, self.v)
+
+        def call(i: int) -> Call:
+            return lambda: attention.run(
+                self.q,
+                cache,
+                self.out,
+                self.tables[i % len(self.tables)],
+                self.start,
+                self.kv_len,
+                plan,
+                decode,
+                prefill,
+            )
+
+        return [call(i) for i in range(self.calls)]
+
+    def flash_attention(self, page: int, splits: int) -> list[Call]:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+        k, v = (x.view(-1, page, KV_HEADS, HEAD_SIZE) for x in (self.k, self.v))
+        per = PAGE // page
+        tables = (self.tables[..., None] * per + torch.arange(per, device=DEVICE)).flatten(2).int()
+        metadata = get_scheduler_metadata(
+            batch_size=self.batch, max_seqlen_q=self.queries, max_seqlen_k=self.keys, num_heads_q=QUERY_HEADS,
+            num_heads_kv=KV_HEADS, headdim=HEAD_SIZE, cache_seqlens=self.kv_len, qkv_dtype=torch.bfloat16,
+            cu_seqlens_q=self.start, page_size=page, causal=True, num_splits=splits,
+        )  # fmt: skip
+
+        def call(i: int) -> Call:
+            return lambda: flash_attn_varlen_func(
+                self.q, k, v, self.queries, self.start, self.keys, seqused_k=self.kv_len, softmax_scale=HEAD_SIZE**-0.5,
+                causal=True, block_table=tables[i % len(tables)], out=self.out, fa_version=3, num_splits=splits,
+                scheduler_metadata=metadata,
+            )  # fmt: skip
+
+        return [call(i) for i in range(self.calls)]
+
+    def triton_batch_invariant(self) -> list[Call]:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+        k, v = (x.view(-1, 16, KV_HEADS, HEAD_SIZE) for x in (self.k, self.v))
+        per = PAGE // 16
+        tables = (self.tables[..., None] * per + torch.arange(per, device=DEVICE)).flatten(2).int()
+
+        def call(i: int) -> Call:
+            return lambda: unified_attention(
+                self.q, k, v, self.out, self.start, self.queries, self.kv_len, self.keys, HEAD_SIZE**-0.5, True, (-1,
+                -1),
+                tables[i % len(tables)], 0, None, None, None,
+            )  # fmt: skip
+
+        return [call(i) for i in range(self.calls)]
+
+
+def interval(ratios: list[float]) -> list[float]:
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return [round(medians[25], 3), round(medians[974], 3)]
+
+
+def measure(sides: dict[str, Callable[[], list[Call]]], repeats: int) -> dict[str, list[float]]:
+    """Seconds per call of each side, turn by turn; a side that cannot run is left out and said."""
+    timed, kept = {}, []  # a captured graph does not keep its tensors
+    for name, calls in sides.items():
+        try:
+            kept.append(calls())
+            timed[name] = Timed(kept[-1])
+        except Exception as reason:
+            print(f"  {name}: {type(reason).__name__}: {str(reason).strip().splitlines()[-1][:160]}", flush=True)
+    for side in timed.values():
+        side.seconds()
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats):
+        for name, side in timed.items():
+            seconds[name].append(side.seconds())
+    return seconds
+
+
+def points(what: str, case: Case, seconds: dict[str, list[float]], mine: list[str]) -> list[dict[str, Any]]:
+    """One row a peer, against the first of ours; FlashAttention's page size is the one that is faster here."""
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    fa3 = [name for name in middle if name.startswith("fa3 default")]
+    keep = [min(fa3, key=middle.__getitem__)] if fa3 else []
+    keep += [name for name in middle if name not in fa3 and name not in mine]
+    ours = next((name for name in mine if name in seconds), None)
+    rows = []
+    for peer in keep if ours else []:
+        ratios = [a / b for a, b in zip(seconds[peer], seconds[ours], strict=True)]
+        rows.append(
+            {
+                "what": what, "unit": "us", "name": peer, "schedule": ours,
+                "peer": round(middle[peer] * 1e6, 2), "ours": round(middle[ours] * 1e6, 2),
+                "ratio": round(statistics.median(ratios), 3), "interval": interval(ratios),
+                "tb_per_s": round(case.batch * case.keys * KEY_BYTES / middle[ours] / 1e12, 3),
+                "tflop_per_s": round(case.flops / middle[ours] / 1e12, 1),
+                "all": {name: round(value * 1e6, 2) for name, value in middle.items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Relative error against fp64 of bf16 outputs, 512 rows at the end of 4096 and of 1024 keys; ratio: FA3's over
+    ours."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    tree, heads = tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE)
+    attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
+    sequences = Sequences(attention, 4096, torch.bfloat16, kinds=("normal", "heavy", "cancelling"))
+    rows = []
+    for i, kind in enumerate(sequences.kinds):
+        for end in (1024, 4096):
+            first = end - 512
+            decode, prefill = attention.schedules(512)
+            want = sequences.exact(i, first, end)
+            got = sequences.run([(i, first, end)], decode, prefill, torch.bfloat16)
+            q, k, v = (x[:end].contiguous() for x in sequences.data[i])
+            k, v = (x.view(-1, PAGE, KV_HEADS, HEAD_SIZE) for x in (k, v))
+            table = torch.arange(end // PAGE, device=DEVICE, dtype=torch.int32)[None]
+            fa3 = flash_attn_varlen_func(
+                q[first:].contiguous(), k, v, 512, torch.tensor([0, 512], device=DEVICE, dtype=torch.int32), end,
+                seqused_k=torch.tensor([end], device=DEVICE, dtype=torch.int32), softmax_scale=HEAD_SIZE**-0.5,
+                causal=True,
+                block_table=table, fa_version=3,
+            )  # fmt: skip
+            ours, theirs = (((x.double() - want).norm() / want.norm()).item() for x in (got, fa3))
+            worst = [((x.double() - want).abs().max() / want.abs().max()).item() for x in (got, fa3)]
+            rows.append(
+                {"what": f"error {kind} {end} keys", "unit": "relative to fp64", "name": "fa3 default", "peer": theirs,
+                 "ours": ours, "ratio": round(theirs / ours, 4), "largest": {"ours": worst[0], "peer": worst[1]}}
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--tune", action="store_true", help="time every schedule, not only the chosen one")
+    parser.add_argument("--without", nargs="*", default=[], help="schedules that certification dropped")
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "decode", "middle", "prefill"])
+    parser.add_argument("--gigabytes", type=float, default=20.0, help="of KV cache to scatter pages in")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.json"))
+    arguments = parser.parse_args()
+    import vllm
+
+    result: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "driver": os.popen("nvidia-smi --query-gpu=driver_version --format=csv,noheader").read().strip(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__},
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "points": [],
+        "turns": [],
+    }
+    began = time.perf_counter()
+
+    def add(rows: list[dict[str, Any]]) -> None:
+        result["points"].extend(rows)
+        for row in rows:
+            print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
+        arguments.out.write_text(json.dumps(result, indent=1))
+
+    if "accuracy" in arguments.parts:
+        add(accuracy())
+    tree, heads = tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE)
+    attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
+    pool = torch.empty(
+        2,
+        int(arguments.gigabytes * 1e9) // (PAGE * KEY_BYTES),
+        PAGE,
+        KV_HEADS,
+        HEAD_SIZE,
+        device=DEVICE,
+        dtype=torch.bfloat16,
+    )
+    for half in pool.flatten(0, 1).split(4096):
+        half.normal_()
+
+    attention.allowed = {schedule.name for schedule in (*DECODE, *PREFILL)} - set(arguments.without)
+
+    def compare(what: str, batch: int, keys: int, queries: int) -> None:
+        case = Case(pool, batch, keys, queries)
+        decode, prefill = attention.schedules(queries)
+        mine: dict[str, Callable[[], list[Call]]] = {}
+        chosen = (prefill or decode).name
+        mine[chosen] = lambda: case.ours(attention, decode, prefill)
+        if arguments.tune:
+            few = attention.few(queries)
+            for other in PREFILL if prefill else ():
+                if other.eligible(tree, heads, True) and other is not prefill and other.name in attention.allowed:
+                    mine[other.name] = lambda other=other: case.ours(attention, decode, other)
+            for rival in () if prefill else DECODE:
+                fits = rival.eligible(tree, heads, few, True) and rival.name in attention.allowed
+                if fits and rival is not decode:
+                    mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
+        sides = dict(mine)
+        for page in (16, 128):
+            sides[f"fa3 default page {page}"] = lambda page=page: case.flash_attention(page, 0)
+        sides["fa3 one split page 128"] = lambda: case.flash_attention(128, 1)
+        sides["vllm triton batch-invariant page 16"] = case.triton_batch_invariant
+        seconds = measure(sides, arguments.repeats)
+        result["turns"].append({"what": what, "seconds": seconds})
+        add(points(what, case, seconds, list(mine)))
+
+    if "decode" in arguments.parts:
+        for batch, keys in DECODE_POINTS:
+            compare(f"decode {batch} x {keys}", batch, keys, 1)
+    if "middle" in arguments.parts:
+        for batch, keys, queries in MIDDLE_POINTS:
+            compare(f"{queries} tokens {batch} x {keys}", batch, keys, queries)
+    if "prefill" in arguments.parts:
+        for batch, keys, queries in PREFILL_POINTS:
+            compare(f"prefill {batch} x {queries} of {keys}", batch, keys, queries)
+    for kind in ("decode", "prefill"):
+        ratios = [
+            p["ratio"] for p in result["points"] if p["what"].startswith(kind) and p["name"].startswith("fa3 default")
+        ]
+        if ratios:
+            print(kind, "geometric mean", round(statistics.geometric_mean(ratios), 3), "worst", min(ratios), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attention: one reduction tree, executed alike by prefill, chunk, prefix hit and split decode."""

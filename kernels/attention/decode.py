@@ -1,0 +1,176 @@
+"""Decode: few query tokens on a long context. One program walks a piece (a run of splits) for one KV head.
+
+A program whose piece begins the sequence merges its splits in registers as it goes; the others leave each split's
+(m, l, acc) in scratch, and `combine` merges those in ascending order after it. Where a sequence is one piece, there is
+nothing to combine. All of it is the tree of tree.py, whatever the pieces.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .arithmetic import accumulate, finish, merge, merge_scales, row_sum, softcap, weigh
+
+__all__ = ["combine", "decode"]
+
+
+@triton.jit
+def _matrix(row, column, row_stride, AXIS: tl.constexpr):
+    """Offsets of [rows, columns], or of its transpose with AXIS = 0."""
+    return tl.expand_dims(row * row_stride, AXIS) + tl.expand_dims(column, 1 - AXIS)
+
+
+@triton.jit
+def _keep(STATE, ACC, row, d, real, m, l, acc, D: tl.constexpr, AXIS: tl.constexpr):
+    tl.store(STATE + row * 2, m, mask=real)
+    tl.store(STATE + row * 2 + 1, l, mask=real)
+    tl.store(ACC + _matrix(row, d, D, AXIS), acc, mask=tl.expand_dims(real, AXIS))
+
+
+@triton.jit(do_not_specialize=["bt_stride"])
+def decode(
+    Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, QUERY_START, KV_LEN, PAGE_TABLE, c, tanh_scale,
+    log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
+    GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr,
+    AXIS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: pieces, KV heads, blocks of ROWS rows (token, head of the group).
+
+    Q, O: [tokens, heads, D]. K, V: pages of [slot, KV head, D] by strides in elements; K_TILES, V_TILES: the same as
+    rows of slots, for TMA. STATE: [slots * FEW * heads, 2] m and l; ACC: [slots * FEW * heads, D].
+    """
+    piece = tl.program_id(0)
+    kv = tl.program_id(1)
+    if piece < tl.load(COUNTS):
+        b = tl.load(PIECES + piece * 4)
+        first = tl.load(PIECES + piece * 4 + 1)
+        end = tl.load(PIECES + piece * 4 + 2)
+        slot = tl.load(PIECES + piece * 4 + 3)
+        start = tl.load(QUERY_START + b)
+        queries = tl.load(QUERY_START + b + 1) - start
+        keys = tl.load(KV_LEN + b)
+        if tl.program_id(2) * ROWS < queries * GROUP:
+            row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+            token = row // GROUP
+            head = kv * GROUP + row % GROUP
+            real = token < queries
+            position = keys - queries + token
+            d = tl.arange(0, D)
+            at = (start + token).to(tl.int64)
+            q = tl.load(Q + _matrix(at * q_token + head * D, d, 1, AXIS), mask=tl.expand_dims(real, AXIS), other=0.0)
+            pages = PAGE_TABLE + b.to(tl.int64) * bt_stride
+            m = tl.full((ROWS,), float("-inf"), tl.float32)
+            l = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros(q.shape, tl.float32)
+            M = m
+            L = l
+            A = acc
+            tiles = (tl.minimum(end * S, keys) + T - 1) // T
+            page = tl.load(pages + first * S // PAGE)
+            for j in tl.range(first * (S // T), tiles, num_stages=STAGES):
+                key = j * T + tl.arange(0, T)
+                if TMA:
+                    r = page * row_page + kv * row_head + (j * T) % PAGE
+                    k = K_TILES.load([r, kv * column_head])
+                    v = V_TILES.load([r, kv * column_head])
+                else:
+                    if PAGE % T == 0:
+                        slots = page.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+                    else:
+                        held = tl.load(pages + key // PAGE, mask=key < keys, other=0)
+                        slots = held.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+                    k = tl.load(K + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+                    v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+                if PAGE % T == 0:
+                    page = tl.load(pages + tl.minimum(j + 1, tiles - 1) * T // PAGE)
+                if AXIS == 1:
+                    x = tl.dot(q, tl.trans(k))
+                else:
+                    x = tl.dot(k, q)
+                    v = tl.trans(v)
+                if SOFTCAP:
+                    x = softcap(x, tanh_scale)
+                ahead = tl.expand_dims(position, AXIS) - tl.expand_dims(key, 1 - AXIS)
+                seen = ahead >= 0
+                if WINDOW > 0:
+                    seen = seen & (ahead < WINDOW)
+                p, alpha, m = weigh(tl.where(seen, x, float("-inf")), m, c, AXIS)
+                l, acc = accumulate(p, alpha, row_sum(p, ROWS, T, AXIS), v, l, acc, AXIS)
+                if (j + 1) % (S // T) == 0 or j + 1 == tiles:
+                    if slot < 0:
+                        M, L, A = merge(M, L, A, m, l, acc, AXIS)
+                    else:
+                        kept = (slot + j // (S // T) - first) * FEW + token
+                        _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, D, AXIS)
+                    m = tl.full((ROWS,), float("-inf"), tl.float32)
+                    l = tl.zeros((ROWS,), tl.float32)
+                    acc = tl.zeros(q.shape, tl.float32)
+            if slot == -1:
+                sink = M
+                if SINK:
+                    sink = tl.load(SINKS + head) * log2e
+                o = finish(M, L, A, sink, AXIS, SINK)
+                to = O + _matrix(at * o_token + head * D, d, 1, AXIS)
+                tl.store(to, o.to(O.dtype.element_ty), mask=tl.expand_dims(real, AXIS))
+            elif slot < -1:
+                kept = (-2 - slot) * FEW + token
+                _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, D, AXIS)
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _batch(STATE, ACC, row, first, splits, i, d, D: tl.constexpr, STRIDE: tl.constexpr):
+    """(m, l, acc) of the splits from `first` on, rows of a head one STRIDE apart."""
+    there = first + i < splits
+    rows = row + (first + i).to(tl.int64) * STRIDE
+    m = tl.load(STATE + rows * 2, mask=there, other=float("-inf"))
+    l = tl.load(STATE + rows * 2 + 1, mask=there, other=0.0)
+    return m, l, tl.load(ACC + rows[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
+
+
+@triton.jit
+def combine(
+    O, SINKS, STATE, ACC, SEQUENCES, QUERY_START, log2e, o_token,
+    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: sequences, query tokens, heads; one warp. The first slot holds a merge already; splits ascending after
+    it."""
+    sequence = tl.program_id(0)
+    t = tl.program_id(1)
+    slot = tl.load(SEQUENCES + sequence * 4)
+    merged = tl.load(SEQUENCES + sequence * 4 + 1)
+    splits = tl.load(SEQUENCES + sequence * 4 + 2)
+    start = tl.load(QUERY_START + sequence)
+    if slot >= 0 and t < tl.load(QUERY_START + sequence + 1) - start:
+        head = tl.program_id(2)
+        d = tl.arange(0, D)
+        row = (slot * FEW + t).to(tl.int64) * Q_HEADS + head
+        zero = tl.zeros((D,), tl.float32)
+        if PDL:
+            gdc_wait()
+        M = tl.load(STATE + row * 2)
+        L = tl.load(STATE + row * 2 + 1)
+        A = tl.load(ACC + row * D + d)
+        # A batch of splits is loaded while the one before is merged. Past the end, m = -inf and l = acc = 0.
+        i = tl.arange(0, BATCH)
+        m, l, acc = _batch(STATE, ACC, row, merged, splits, i, d, D, FEW * Q_HEADS)
+        for s in tl.range(merged, splits, BATCH):
+            m_now, l_now, acc_now = m, l, acc
+            m, l, acc = _batch(STATE, ACC, row, s + BATCH, splits, i, d, D, FEW * Q_HEADS)
+            for split in tl.static_range(BATCH):
+                # One of the batch: the others are masked, so neither a maximum nor a sum has an order.
+                M, a, b = merge_scales(M, tl.max(tl.where(i == split, m_now, float("-inf")), 0))
+                L = tl.fma(L, a, tl.sum(tl.where(i == split, l_now, 0.0), 0) * b)
+                A = tl.fma(A, zero + a, tl.sum(tl.where((i == split)[:, None], acc_now, 0.0), 0) * b)
+        if SINK:
+            M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
+            L = tl.fma(L, a, b)
+            A = tl.fma(A, zero + a, zero * b)
+        inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(1.0, L))
+        o = tl.fma(A, zero + inverse, zero)
+        tl.store(O + (start + t).to(tl.int64) * o_token + head * D + d, o.to(O.dtype.element_ty))

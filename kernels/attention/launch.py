@@ -1,0 +1,247 @@
+"""Runs attention of one layer shape: picks schedules by padded sizes, launches kernels, keeps scratch.
+
+Nothing on the host reads a length, so a CUDA graph captured at a padded size serves every batch that fits it: prefills,
+chunks and decodes together. Which kernel a sequence takes, is decided on the device (plan.py) by its query tokens
+alone.
+
+Contract on the cache: slots past a sequence's end, in its last page, hold finite values (the kernels that load whole
+tiles multiply them by 0). Their owner clears them when a page is handed out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+
+from vllm_deterministic.errors import ConfigurationError, UnsupportedError
+
+from . import decode as decode_kernels
+from . import prefill as prefill_kernels
+from .plan import Plan
+from .schedules import DECODE, PREFILL, Decode, Heads, Prefill
+from .tree import LOG2E, Tree
+
+__all__ = ["FEW_MAX", "Attention", "Cache", "Scratch"]
+
+FEW_MAX = 16  # query tokens up to which a whole batch is decoded
+_SCRATCH_SPLITS = 4096
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A layer's K and V pages: two views of [pages, slots, kv heads, head size], of any strides but the last, which
+    is 1."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def rows(self) -> tuple[int, int, int, int, int]:
+        """As rows of slots: (rows, columns, rows per page, rows per head, columns per head).
+
+        Raises ConfigurationError where pages or heads are no whole number of slots apart."""
+        pages, slots, heads, size = self.k.shape
+        page, slot, head, _ = self.k.stride()
+        if self.v.stride() != self.k.stride() or page % slot or (head > slot and head % slot):
+            raise ConfigurationError(f"a KV cache of strides {self.k.stride()} and {self.v.stride()} is not covered")
+        if head > slot:  # [pages, heads, slots, ...]
+            rows = (pages - 1) * (page // slot) + (heads - 1) * (head // slot) + slots
+            return rows, size, page // slot, head // slot, 0
+        return (pages - 1) * (page // slot) + slots, (heads - 1) * head + size, page // slot, 0, head
+
+
+@dataclass
+class Scratch:
+    """Partial results of splits between decode and combine; one serves all layers of a stream."""
+
+    state: torch.Tensor
+    acc: torch.Tensor
+
+    @classmethod
+    def empty(cls, query_heads: int, head_size: int, device: torch.device | str) -> Scratch:
+        rows = _SCRATCH_SPLITS * query_heads
+        return cls(torch.empty(rows, 2, device=device), torch.empty(rows, head_size, device=device))
+
+
+@dataclass
+class Attention:
+    """Attention of one tree and one shape of heads on one device.
+
+    allowed: names of schedules that may run, as certified; None for all. Raises UnsupportedError where none is left.
+    """
+
+    tree: Tree
+    heads: Heads
+    device: torch.device | str
+    scratch: Scratch
+    allowed: Collection[str] | None = None
+    _descriptors: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def hopper(self) -> bool:
+        return not _INTERPRETED and torch.cuda.get_device_capability(self.device)[0] == 9
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        return 1 if _INTERPRETED else torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def _permitted(self, schedule: Decode | Prefill) -> bool:
+        return self.allowed is None or schedule.name in self.allowed
+
+    def few(self, max_query: int) -> int:
+        """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`."""
+        return max_query if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
+
+    def schedules(self, max_query: int) -> tuple[Decode, Prefill | None]:
+        """The schedules for a padded batch: the first that is eligible and allowed."""
+        few = self.few(max_query)
+        wide = 64 if few * self.heads.group > 16 else 16
+        decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, few, self.hopper)]
+        decode.sort(key=lambda s: s.rows != wide)
+        prefill = [s for s in PREFILL if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
+        if not decode or not prefill:
+            raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
+        return decode[0], prefill[0] if max_query > few else None
+
+    def plan(self, batch: int, tokens: int, max_query: int, decode: Decode, prefill: Prefill | None) -> Plan:
+        """Empty work lists for a padded batch: `batch` sequences, `tokens` query tokens, at most `max_query` in one."""
+        few = self.few(max_query)
+        slots = max(decode.per_sm * self.multiprocessors // self.heads.kv, 1)
+        block = prefill.rows if prefill else 128
+        if prefill and prefill.warp_specialised:
+            block = 128
+        return Plan.empty(
+            batch, tokens, few=few, block=block, slots=slots, capacity=_SCRATCH_SPLITS // few, device=str(self.device)
+        )
+
+    def run(
+        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, page_table: torch.Tensor, query_start: torch.Tensor,
+        kv_len: torch.Tensor, plan: Plan, decode: Decode | None, prefill: Prefill | None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Writes attention of all sequences' query tokens.
+
+        q, out: [tokens, query heads, head size], heads adjacent; out of q's dtype or fp32. page_table: [batch, pages]
+        int32. query_start: [batch + 1], kv_len: [batch] int32, keys including the query tokens. plan: filled for them.
+        sinks: [query heads] fp32. Raises ConfigurationError for tensors of another layout.
+        """
+        self._check(q, cache, out, sinks)
+        tree, heads = self.tree, self.heads
+        rows = cache.rows()
+        common = dict(  # noqa: C408
+            GROUP=heads.group, D=tree.head_size, T=tree.tile, S=tree.split, PAGE=heads.page, WINDOW=tree.window,
+            SOFTCAP=tree.softcap > 0, SINK=tree.sink, enable_fp_fusion=False,
+        )  # fmt: skip
+        numbers = (tree.log2_scale, tree.tanh_scale, LOG2E, page_table.stride(0))
+        strides = (*cache.k.stride()[:3], *rows[2:])
+        lengths = (query_start, kv_len, page_table)
+        if decode is not None:
+            self._decode(q, cache, out, page_table, query_start, plan, decode, sinks, lengths, numbers, strides, common)
+        if prefill is not None:
+            self._prefill(q, cache, out, plan, prefill, sinks, lengths, numbers, strides, common)
+
+    def _decode(
+        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, page_table: torch.Tensor, query_start: torch.Tensor,
+        plan: Plan,
+        decode: Decode, sinks: torch.Tensor | None, lengths: Any, numbers: Any, strides: Any, common: dict[str, Any],
+    ) -> None:  # fmt: skip
+        tree, heads, rows = self.tree, self.heads, cache.rows()
+        few = {"Q_HEADS": heads.query, "FEW": plan.few}
+        partial = (self.scratch.state, self.scratch.acc)
+        if decode.warp_specialised:
+            from .decode_ws import decode_ws
+
+            k, v = self._tiles(cache, rows, gluon=True)
+            stages = decode.stages * 128 // tree.head_size
+            programs = min(self.multiprocessors, plan.pieces.shape[0] * heads.kv)
+            decode_ws[(programs,)](
+                q, k, v, out, sinks, *partial, plan.pieces, plan.counts, *lengths, *numbers, q.stride(0), out.stride(0),
+                *rows[2:], **common, **few, STAGES=stages, num_warps=4, maxnreg=144,
+            )  # fmt: skip
+        else:
+            k, v = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
+            grid = (plan.pieces.shape[0], heads.kv, triton.cdiv(plan.few * heads.group, decode.rows))
+            decode_kernels.decode[grid](
+                q, cache.k, cache.v, k, v, out, sinks, *partial, plan.pieces, plan.counts, *lengths, *numbers,
+                q.stride(0),
+                out.stride(0), *strides, **common, **few, ROWS=decode.rows, AXIS=0 if decode.keys_first else 1,
+                TMA=decode.tma, STAGES=decode.stages, PDL=self.hopper, num_warps=decode.warps,
+            )  # fmt: skip
+        if page_table.shape[1] * heads.page > tree.split:
+            decode_kernels.combine[(plan.batch, plan.few, heads.query)](
+                out, sinks, *partial, plan.sequences, query_start, LOG2E, out.stride(0), D=tree.head_size,
+                SINK=tree.sink,
+                **few, BATCH=16, PDL=self.hopper, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
+            )  # fmt: skip
+
+    def _prefill(
+        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, plan: Plan, prefill: Prefill,
+        sinks: torch.Tensor | None,
+        lengths: Any, numbers: Any, strides: Any, common: dict[str, Any],
+    ) -> None:  # fmt: skip
+        tree, heads, rows = self.tree, self.heads, cache.rows()
+        grid = (plan.blocks.shape[0], heads.query)
+        if prefill.warp_specialised:
+            from .prefill_ws import prefill_ws
+
+            k, v = self._tiles(cache, rows, gluon=True)
+            tokens = self._descriptor(
+                q.as_strided((q.shape[0], heads.query * tree.head_size), (q.stride(0), 1)), 64, True
+            )
+            prefill_ws[grid](
+                tokens, k, v, out, sinks, plan.blocks, plan.counts, *lengths, *numbers, out.stride(0), *rows[2:],
+                **common,
+                STAGES=prefill.stages, num_warps=4, maxnreg=168,
+            )  # fmt: skip
+        else:
+            k, v = self._tiles(cache, rows, gluon=False) if prefill.tma else (None, None)
+            prefill_kernels.prefill[grid](
+                q, cache.k, cache.v, k, v, out, sinks, plan.blocks, plan.counts, *lengths, *numbers, q.stride(0),
+                out.stride(0), *strides, **common, ROWS=prefill.rows, TMA=prefill.tma, STAGES=prefill.stages,
+                num_warps=prefill.warps,
+            )  # fmt: skip
+
+    def _check(self, q: torch.Tensor, cache: Cache, out: torch.Tensor, sinks: torch.Tensor | None) -> None:
+        tree, heads = self.tree, self.heads
+        for name, x in (("q", q), ("out", out)):
+            if x.shape[1:] != (heads.query, tree.head_size) or x.stride()[1:] != (tree.head_size, 1):
+                raise ConfigurationError(
+                    f"{name} must be [tokens, {heads.query}, {tree.head_size}] with adjacent heads, not "
+                    f"{tuple(x.shape)} of strides {x.stride()}"
+                )
+        if cache.k.shape[1:] != (heads.page, heads.kv, tree.head_size) or cache.k.stride(3) != 1:
+            raise ConfigurationError(f"the KV cache {tuple(cache.k.shape)} does not fit {heads} of {tree.head_size}")
+        if q.dtype not in (torch.bfloat16, torch.float16) or cache.k.dtype != q.dtype or cache.v.dtype != q.dtype:
+            raise UnsupportedError(
+                f"attention of {q.dtype} over a cache of {cache.k.dtype} is not covered: bf16 and fp16 are"
+            )
+        if tree.sink and sinks is None:
+            raise ConfigurationError("the tree has attention sinks: pass sinks")
+
+    def _tiles(self, cache: Cache, rows: tuple[int, ...], gluon: bool) -> tuple[Any, Any]:
+        """TMA descriptors of the cache's K and V, in tiles."""
+        found = []
+        for x in (cache.k, cache.v):
+            key = (x.data_ptr(), rows, x.stride(1), gluon)
+            if key not in self._descriptors:
+                view = x.as_strided(rows[:2], (x.stride(1), 1))
+                self._descriptors[key] = self._descriptor(view, self.tree.tile, gluon)
+            found.append(self._descriptors[key])
+        return found[0], found[1]
+
+    def _descriptor(self, rows: torch.Tensor, height: int, gluon: bool) -> Any:
+        block = [height, self.tree.head_size]
+        if gluon:
+            from triton.experimental.gluon.language import NVMMASharedLayout
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Tiles
+
+            return Tiles.from_tensor(rows, block, NVMMASharedLayout(128, 16, 2))
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(rows, block)

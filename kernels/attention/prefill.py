@@ -1,0 +1,123 @@
+"""Prefill and chunks: one program per block of query tokens walks the splits of its sequence in order.
+
+For every card, page size and head size; prefill_ws.py is the faster one where it runs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import accumulate, finish, merge, row_sum, softcap, weigh
+
+__all__ = ["prefill"]
+
+
+@triton.jit
+def _tile(
+    j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
+    row_page, row_head, column_head, MASK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    key = j * T + tl.arange(0, T)
+    d = tl.arange(0, D)
+    if TMA:
+        r = page * row_page + kv * row_head + (j * T) % PAGE
+        k = K_TILES.load([r, kv * column_head])
+        v = V_TILES.load([r, kv * column_head])
+    else:
+        if PAGE % T == 0:
+            slots = page.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+        else:
+            held = tl.load(pages + key // PAGE, mask=key < keys, other=0)
+            slots = held.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+        if MASK:
+            k = tl.load(K + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+            v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+        else:
+            k = tl.load(K + slots[:, None] + d[None, :])
+            v = tl.load(V + slots[:, None] + d[None, :])
+    x = tl.dot(q, tl.trans(k))
+    if SOFTCAP:
+        x = softcap(x, tanh_scale)
+    if MASK:
+        ahead = position[:, None] - key[None, :]
+        seen = ahead >= 0
+        if WINDOW > 0:
+            seen = seen & (ahead < WINDOW)
+        x = tl.where(seen, x, float("-inf"))
+    p, alpha, m = weigh(x, m, c, 1)
+    l, acc = accumulate(p, alpha, row_sum(p, ROWS, T, 1), v, l, acc, 1)
+    return m, l, acc
+
+
+@triton.jit(do_not_specialize=["bt_stride"])
+def prefill(
+    Q, K, V, K_TILES, V_TILES, O, SINKS, BLOCKS, COUNTS, QUERY_START, KV_LEN, PAGE_TABLE, c, tanh_scale, log2e,
+    bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
+    GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINK: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of ROWS query tokens, query heads. Arguments as decode's."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    if block < tl.load(COUNTS + 1):
+        b = tl.load(BLOCKS + block * 2)
+        token = tl.load(BLOCKS + block * 2 + 1) + tl.arange(0, ROWS)
+        first = tl.load(BLOCKS + block * 2 + 1)
+        start = tl.load(QUERY_START + b)
+        queries = tl.load(QUERY_START + b + 1) - start
+        keys = tl.load(KV_LEN + b)
+        kv = head // GROUP
+        real = token < queries
+        position = keys - queries + token
+        d = tl.arange(0, D)
+        at = (start + token).to(tl.int64)
+        q = tl.load(Q + (at * q_token + head * D)[:, None] + d[None, :], mask=real[:, None], other=0.0)
+        pages = PAGE_TABLE + b.to(tl.int64) * bt_stride
+        m = tl.full((ROWS,), float("-inf"), tl.float32)
+        l = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, D), tl.float32)
+        M = m
+        L = l
+        A = acc
+        oldest = keys - queries + first
+        end = (keys - queries + tl.minimum(first + ROWS, queries) - 1) // T + 1
+        if WINDOW > 0:
+            begin = tl.maximum(oldest - WINDOW + 1, 0) // T
+            plain = begin
+        else:
+            begin = 0
+            plain = (oldest + 1) // T
+        for j in tl.range(begin, plain, num_stages=STAGES):
+            page = tl.load(pages + j * T // PAGE)
+            m, l, acc = _tile(
+                j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page,
+                kv_slot,
+                kv_head, row_page, row_head, column_head, False, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
+            )  # fmt: skip
+            if (j + 1) % (S // T) == 0:
+                M, L, A = merge(M, L, A, m, l, acc, 1)
+                m = tl.full((ROWS,), float("-inf"), tl.float32)
+                l = tl.zeros((ROWS,), tl.float32)
+                acc = tl.zeros((ROWS, D), tl.float32)
+        for j in tl.range(plain, end, num_stages=STAGES if WINDOW > 0 else 1):
+            page = tl.load(pages + j * T // PAGE)
+            m, l, acc = _tile(
+                j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page,
+                kv_slot,
+                kv_head, row_page, row_head, column_head, True, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
+            )  # fmt: skip
+            if (j + 1) % (S // T) == 0:
+                M, L, A = merge(M, L, A, m, l, acc, 1)
+                m = tl.full((ROWS,), float("-inf"), tl.float32)
+                l = tl.zeros((ROWS,), tl.float32)
+                acc = tl.zeros((ROWS, D), tl.float32)
+        # The last split; an empty one, where it ended with the loop, changes nothing.
+        M, L, A = merge(M, L, A, m, l, acc, 1)
+        sink = M
+        if SINK:
+            sink = tl.full((ROWS,), 0.0, tl.float32) + tl.load(SINKS + head) * log2e
+        o = finish(M, L, A, sink, 1, SINK)
+        to = O + (at * o_token + head * D)[:, None] + d[None, :]
+        tl.store(to, o.to(O.dtype.element_ty), mask=real[:, None])

@@ -1,0 +1,100 @@
+"""The reduction tree of attention: what a query row's bits depend on besides its own Q, K and V.
+
+Keys are counted from position 0 of the sequence, never from a chunk, a prefix or a block of queries. Tile j holds keys
+[j * tile, (j + 1) * tile), split s holds keys [s * split, (s + 1) * split). For one query row, fp32 throughout, every
+operation rounded to nearest and none contracted unless written fma:
+
+    at the start of a split: m = -inf, l = 0, acc[d] = 0. For its tiles, ascending:
+    1. x[k] = chain of tensor-core products q * k, head size ascending, from zero; a softcap maps x to tanh(x * scale
+       / cap)
+    2. x[k] = -inf where the row does not see key k (future, or left of its window)
+    3. top = max(m, max_k(x) * c)      c: scale * log2(e), or cap * log2(e); so m is in log2 units
+       base = 0 where top == -inf, else top
+    4. p[k] = ex2(fma(x[k], c, -base)); alpha = ex2(m - base)
+    5. r = sum of p, unrounded, by halving: y[i] + y[i + n / 2] for n = tile, tile / 2 ... 2
+    6. l = fma(l, alpha, r); acc[d] = acc[d] * alpha, then the chain acc += half(p) * v, keys ascending; m = top
+    merge of the splits, ascending, from M = -inf, L = 0, A = 0, also of a single one:
+    7. top = max(M, m); base as above; a = ex2(M - base); b = ex2(m - base)
+       L = fma(L, a, l * b); A[d] = fma(A[d], a, acc[d] * b); M = top
+    8. an attention sink is one more split: m = sink * log2(e), l = 1, acc = 0
+    9. o[d] = fma(A[d], 1 / L, +0), 1 / L rounded to nearest; o = 0 where L == 0. Then one rounding to the output type.
+
+A tile or split that a row sees nothing of leaves its state as it was, bit for bit (alpha = 1, p = 0). So a schedule may
+start before a row's window, run past its end, or merge empty splits; how it cuts the rest into programs is its own
+affair. (The +0 of step 9 makes zeros of both signs one, the only trace an empty split could leave.)
+
+T and S are the only sizes in here. They were measured on an H200: a smaller split costs prefill, a larger one decode.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from vllm_deterministic.errors import UnsupportedError
+
+from ..certificates import digest
+
+__all__ = ["HEAD_SIZES", "LOG2E", "Tree", "tree_for"]
+
+LOG2E = math.log2(math.e)
+# head size -> (tile, split). At 256, tiles of 128 keys do not fit a multiprocessor's shared memory.
+_SIZES = {64: (128, 512), 128: (128, 512), 256: (64, 512)}
+HEAD_SIZES = tuple(_SIZES)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Everything that attention's bits depend on. Frozen for a numerics version.
+
+    tile, split: keys per tile and per split; split is a multiple of tile.
+    scale: what scores are multiplied with. softcap: 0 for none, else scores become softcap * tanh(score / softcap).
+    window: how many keys a row sees, itself included; 0 for all before it. sink: whether heads have sink logits.
+    """
+
+    head_size: int
+    tile: int
+    split: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    sink: bool = False
+    row_sum: str = "halving"
+    merge: str = "ascending"
+
+    @property
+    def log2_scale(self) -> float:
+        """c of step 3: turns x into log2 units."""
+        return (self.softcap or self.scale) * LOG2E
+
+    @property
+    def tanh_scale(self) -> float:
+        """tanh(x * scale / cap) is 1 - 2 / (1 + ex2(x * tanh_scale)); 0 without softcap."""
+        return 2 * LOG2E * self.scale / self.softcap if self.softcap else 0.0
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the tree, in hex; part of the numerics id."""
+        return digest({"operator": "attention", **asdict(self)})
+
+
+def tree_for(
+    head_size: int,
+    scale: float | None = None,
+    *,
+    softcap: float = 0.0,
+    window: int = 0,
+    sink: bool = False,
+) -> Tree:
+    """The tree of a layer. scale: 1 / sqrt(head_size) by default. Raises UnsupportedError for what has no tree yet."""
+    if head_size not in _SIZES:
+        known = ", ".join(str(size) for size in HEAD_SIZES)
+        raise UnsupportedError(f"attention with head size {head_size} is not covered (covered: {known})")
+    if softcap < 0 or window < 0:
+        raise UnsupportedError(f"softcap {softcap} and window {window} must not be negative")
+    scale = head_size**-0.5 if scale is None else scale
+    if scale <= 0:
+        raise UnsupportedError(f"attention scale {scale} is not covered: it must be positive")
+    tile, split = _SIZES[head_size]
+    return Tree(head_size, tile, split, scale, softcap, window, sink)

@@ -1,0 +1,213 @@
+"""Attention on a real card: every schedule on the tree, planted faults caught, padded graphs, accuracy against fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from vllm_deterministic.kernels.attention import certify, launch  # noqa: E402
+from vllm_deterministic.kernels.attention import decode as decode_module  # noqa: E402
+from vllm_deterministic.kernels.attention import prefill as prefill_module  # noqa: E402
+from vllm_deterministic.kernels.attention.launch import Attention, Scratch  # noqa: E402
+from vllm_deterministic.kernels.attention.schedules import (  # noqa: E402
+    DECODE,
+    PREFILL,
+    REFERENCE,
+    Decode,
+    Heads,
+    Prefill,
+)
+from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
+
+from vllm_deterministic.errors import CertificationError  # noqa: E402
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LONG = 8192 + 33
+
+
+def attention(tree: Tree, heads: Heads) -> Attention:
+    return Attention(tree, heads, "cuda", Scratch.empty(heads.query, tree.head_size, "cuda"))
+
+
+def case(name: str) -> tuple[Attention, torch.dtype, int]:
+    trees = {
+        "qwen": (tree_for(128), Heads(32, 8, 128), BF16, 32768 + 17),
+        "page-16": (tree_for(128), Heads(32, 8, 16), BF16, LONG),
+        "group-3": (tree_for(64), Heads(9, 3, 128), BF16, LONG),
+        "mha": (tree_for(64), Heads(8, 8, 128), FP16, LONG),
+        "mqa": (tree_for(128), Heads(16, 1, 128), FP16, LONG),
+        "group-32": (tree_for(128), Heads(32, 1, 128), BF16, 4200),
+        "window": (tree_for(128, window=1000), Heads(16, 4, 128), BF16, LONG),
+        "sink": (tree_for(64, window=128, sink=True), Heads(16, 2, 128), BF16, LONG),
+        "softcap": (tree_for(128, softcap=30.0), Heads(8, 4, 128), BF16, 4200),
+        "256": (tree_for(256), Heads(8, 4, 64), BF16, 4200),
+        "256-page-16": (tree_for(256, window=512, softcap=50.0), Heads(8, 4, 16), FP16, 4200),
+    }
+    tree, heads, dtype, longest = trees[name]
+    return attention(tree, heads), dtype, longest
+
+
+NAMES = ["qwen", "page-16", "group-3", "mha", "mqa", "group-32", "window", "sink", "softcap", "256", "256-page-16"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_eligible_schedule_is_on_the_tree(name: str) -> None:
+    shape, dtype, longest = case(name)
+    sizes = (1, 2, 8, 33, 64, 128, 256) if name == "qwen" else (2, 33, 64)
+    found = certify.certify(shape, dtype, longest, {"card": torch.cuda.get_device_name()}, sizes)
+    print(name, f"{found.seconds:.1f} s", sorted(found.schedules), found.dropped)
+    assert not found.dropped
+    assert len(found.schedules) >= 3
+
+
+# --- planted faults -----------------------------------------------------------------------------------------------
+def broken(module: ModuleType, folder: Path, changes: dict[str, str]) -> ModuleType:
+    """A copy of a kernel module with its text changed."""
+    text = Path(module.__file__ or "").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / f"{module.__name__.rpartition('.')[2]}_broken.py"
+    path.write_text(text)
+    name = f"{module.__package__}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def dropped(monkeypatch: pytest.MonkeyPatch, only: Decode | Prefill) -> str:
+    """Why certification drops the one schedule, run with whatever is planted; empty if it does not."""
+    plain_decode, plain_prefill = Decode("decode", stages=2), Prefill("prefill-64", rows=64, warps=4)
+    decode, prefill = isinstance(only, Decode), isinstance(only, Prefill)
+    monkeypatch.setattr(certify, "DECODE", (only,) if decode else (plain_decode,))
+    monkeypatch.setattr(certify, "PREFILL", (only,) if prefill else (plain_prefill,))
+    shape = attention(tree_for(128), Heads(16, 4, 128))
+    try:
+        return certify.certify(shape, BF16, 4200, {}, (8, 64)).dropped.get(only.name, "")
+    except CertificationError as error:
+        return str(error)
+
+
+ROW_SUM = {"row_sum(p, ROWS, T, AXIS)": "tl.sum(p, AXIS)"}
+RELATIVE = {
+    "for j in tl.range(begin, plain": "for j in tl.range(begin, begin",
+    "tl.range(plain, end": "tl.range(begin, end",
+    "(j + 1) % (S // T) == 0": "(end - j - 1) % (S // T) == 0",
+}
+CONTRACTED = {"A = tl.fma(A, zero + a, acc * b)": "A = acc * b + A * a"}
+
+
+def test_a_schedule_without_faults_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Control: the same route with nothing planted."""
+    monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, {}))
+    assert not dropped(monkeypatch, Decode("decode", stages=2))
+
+
+def test_a_row_sum_that_follows_the_warps_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, ROW_SUM))
+    assert "elements" in dropped(monkeypatch, Decode("decode", stages=2))
+
+
+def test_splits_counted_from_the_end_of_a_chunk_are_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fault = broken(prefill_module, tmp_path, RELATIVE)
+    run = Attention.run
+
+    def swapped(self: Attention, *args: object, **keywords: object) -> None:
+        monkeypatch.setattr(launch, "prefill_kernels", prefill_module if args[8] is REFERENCE else fault)
+        run(self, *args, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Attention, "run", swapped)
+    assert "elements" in dropped(monkeypatch, Prefill("prefill-64", rows=64, warps=4))
+
+
+def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, CONTRACTED))
+    assert "elements" in dropped(monkeypatch, Decode("decode", stages=2))
+
+
+def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Attention.run
+
+    def by_batch(self: Attention, *args: object, **keywords: object) -> None:
+        plan, decode = args[6], args[7]
+        if decode is not None and plan.batch > 4:  # type: ignore[attr-defined]
+            self = dataclasses.replace(self, tree=dataclasses.replace(self.tree, split=256))
+            plan.fill(args[4], args[5], 256, 0)  # type: ignore[attr-defined]
+        run(self, *args, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Attention, "run", by_batch)
+    assert "elements" in dropped(monkeypatch, Decode("decode", stages=2))
+
+
+# --- the promise itself -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["qwen", "group-3", "sink", "256"])
+def test_the_tree_is_close_to_the_exact_answer(name: str) -> None:
+    shape, dtype, _ = case(name)
+    sequences = certify.Sequences(shape, 3000, dtype)
+    for i, kind in enumerate(sequences.kinds[:-1]):
+        got = sequences.run([(i, 2800, 3000)], None, REFERENCE)
+        want = sequences.exact(i, 2800, 3000)
+        error = ((got - want).norm() / want.norm()).item()
+        # Half-precision p: 2^-9 in bf16, 2^-12 in fp16, per weight; values that cancel magnify it.
+        assert error < 2**-7, (kind, error)
+
+
+def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
+    """Captured at 8 padded sequences and 256 tokens; replayed with decodes, chunks and prompts of other lengths."""
+    shape, dtype, _ = case("qwen")
+    sequences = certify.Sequences(shape, 3000, dtype, kinds=("normal", "heavy"))
+    gold = [sequences.run([(i, 0, 3000)], None, REFERENCE, dtype) for i in range(2)]
+    decode, prefill = shape.schedules(256)
+    q = torch.zeros(256, 32, 128, dtype=dtype, device="cuda")
+    out, table = torch.zeros_like(q), torch.zeros(8, sequences.table.shape[1], dtype=torch.int32, device="cuda")
+    start, kv_len = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (9, 8))
+    plan = shape.plan(8, 256, 256, decode, prefill)
+
+    def step() -> None:
+        plan.fill(start, kv_len, shape.tree.split, 0)
+        shape.run(q, sequences.cache, out, table, start, kv_len, plan, decode, prefill)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    batches = [
+        [(0, 2999, 3000), (1, 100, 101), (1, 400, 500), (0, 0, 60)],
+        [(1, 2744, 3000)],
+        [(i % 2, 300 * i + 99, 300 * i + 100) for i in range(8)],
+    ]
+    for batch in batches:
+        lengths = [b - a for _, a, b in batch]
+        start.fill_(sum(lengths))
+        start[: len(batch) + 1] = torch.tensor([0, *lengths]).cumsum(0).int()
+        kv_len.zero_()
+        kv_len[: len(batch)] = torch.tensor([b for _, _, b in batch])
+        table[: len(batch)] = sequences.table[[i for i, _, _ in batch]]
+        q.fill_(float("nan"))
+        q[: sum(lengths)] = torch.cat([sequences.data[i][0][a:b] for i, a, b in batch])
+        out.fill_(7.0)
+        graph.replay()
+        assert torch.equal(out[: sum(lengths)], sequences.rows(batch, gold))
+        assert bool((out[sum(lengths) :] == 7.0).all()), "padding rows are not written"
+    assert not torch.equal(gold[0][2999], gold[1][2999])
+
+
+def test_schedules_that_are_not_certified_are_not_chosen() -> None:
+    shape, _, _ = case("qwen")
+    chosen = shape.schedules(1)[0].name, shape.schedules(5)[0].name
+    shape.allowed = {"decode", "decode-64", "prefill"}
+    assert (shape.schedules(1)[0].name, shape.schedules(5)[0].name) == ("decode", "decode-64")
+    assert chosen != ("decode", "decode-64")
+    assert {s.name for s in (*DECODE, *PREFILL)} >= shape.allowed

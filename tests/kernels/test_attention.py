@@ -1,0 +1,134 @@
+"""Attention without a card: the tree, its reference, and the Triton kernels' logic in Triton's interpreter.
+
+The interpreter's products are not a tensor core's, so bits are a matter for tests/gpu/attention; here answers are
+close to the exact ones, work lists cover every query token once, and nothing of a neighbour or of a stale slot comes
+in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if torch.cuda.is_available():
+    pytest.skip("the interpreter stands in for a card; there is one", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its own library is interpreted as well
+pytest.importorskip("triton")
+
+from vllm_deterministic.kernels.attention.launch import Attention, Cache, Scratch  # noqa: E402
+from vllm_deterministic.kernels.attention.reference import exact, follow  # noqa: E402
+from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill  # noqa: E402
+from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
+
+from vllm_deterministic.errors import ConfigurationError, UnsupportedError  # noqa: E402
+
+SMALL = dataclasses.replace(tree_for(64), tile=16, split=64)
+VARIANTS = {
+    "plain": SMALL,
+    "window": dataclasses.replace(SMALL, window=40),
+    "softcap": dataclasses.replace(SMALL, softcap=3.0),
+    "sink": dataclasses.replace(SMALL, sink=True),
+    "all": dataclasses.replace(SMALL, sink=True, window=100, softcap=5.0),
+}
+# (keys, query tokens): one decode, a chunk, a whole prompt, a verify step, one key.
+BATCH = [(150, 1), (133, 40), (20, 20), (90, 3), (1, 1)]
+
+
+class Sequences:
+    """Sequences with their pages scattered in a cache whose other slots hold NaN."""
+
+    def __init__(self, tree: Tree, heads: Heads, lengths: list[int], finite_tail: bool = False) -> None:
+        generator = torch.Generator().manual_seed(0)
+        total = sum(-(-length // heads.page) for length in lengths) + 2
+        order = torch.randperm(total, generator=generator).tolist()
+        pages = torch.full((total, heads.page, heads.kv, 2 * tree.head_size), float("nan"), dtype=torch.float16)
+        self.data = []
+        self.table = torch.zeros(len(lengths), max(-(-length // heads.page) for length in lengths), dtype=torch.int32)
+        for b, length in enumerate(lengths):
+            q = torch.randn(length, heads.query, tree.head_size, generator=generator).half()
+            kv = torch.randn(length, heads.kv, 2 * tree.head_size, generator=generator).half()
+            self.data.append((q, kv[..., : tree.head_size], kv[..., tree.head_size :]))
+            for at in range(0, length, heads.page):
+                page = order.pop()
+                self.table[b, at // heads.page] = page
+                part = kv[at : at + heads.page]
+                pages[page, : len(part)] = part
+        self.cache = Cache(pages[..., : tree.head_size], pages[..., tree.head_size :])
+
+
+def run(
+    tree: Tree, heads: Heads, batch: list[tuple[int, int]], decode: Decode, prefill: Prefill, sinks: torch.Tensor | None
+) -> tuple[list[torch.Tensor], Sequences]:
+    attention = Attention(tree, heads, "cpu", Scratch.empty(heads.query, tree.head_size, "cpu"))
+    sequences = Sequences(tree, heads, [keys for keys, _ in batch])
+    q = torch.cat([data[0][keys - n :] for data, (keys, n) in zip(sequences.data, batch, strict=True)])
+    out = torch.full(q.shape, float("nan"))
+    start = torch.tensor([0] + [n for _, n in batch]).cumsum(0).int()
+    kv_len = torch.tensor([keys for keys, _ in batch], dtype=torch.int32)
+    plan = attention.plan(len(batch), len(q), max(n for _, n in batch), decode, prefill)
+    plan.slots = 7
+    plan.pieces = torch.zeros(7 + len(batch), 4, dtype=torch.int32)
+    plan.fill(start, kv_len, tree.split, tree.window)
+    attention.run(q, sequences.cache, out, sequences.table, start, kv_len, plan, decode, prefill, sinks)
+    return list(out.split([n for _, n in batch])), sequences
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_is_the_exact_answer(variant: str) -> None:
+    tree = VARIANTS[variant]
+    sinks = torch.linspace(-1, 2, 6)
+    q, k, v = Sequences(tree, Heads(6, 2, 16), [200]).data[0]
+    got, want = follow(tree, q[150:], k, v, 150, sinks), exact(tree, q[150:], k, v, 150, sinks)
+    # p is rounded to half precision, 2^-11 relative; the rest is fp32.
+    assert ((got - want).norm() / want.norm()).item() < 2**-11
+
+
+@pytest.mark.parametrize("page", [8, 64])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_kernels_in_the_interpreter_give_the_exact_answer(variant: str, page: int, keys_first: bool) -> None:
+    tree, heads, sinks = VARIANTS[variant], Heads(6, 2, page), torch.linspace(-1, 2, 6)
+    decode = Decode("decode", keys_first=keys_first)
+    got, sequences = run(tree, heads, BATCH, decode, Prefill("prefill", rows=16), sinks)
+    for out, (q, k, v), (keys, n) in zip(got, sequences.data, BATCH, strict=True):
+        want = exact(tree, q[keys - n :], k, v, keys - n, sinks)
+        assert ((out - want).norm() / want.norm()).item() < 2**-11
+
+
+def test_a_wrong_window_is_seen() -> None:
+    """Control of the tests above: one key more or less in the window is far outside the bound."""
+    tree = VARIANTS["window"]
+    q, k, v = Sequences(tree, Heads(6, 2, 16), [200]).data[0]
+    want = exact(dataclasses.replace(tree, window=41), q[150:], k, v, 150)
+    assert ((follow(tree, q[150:], k, v, 150) - want).norm() / want.norm()).item() > 2**-6
+
+
+def test_the_digest_names_every_part_of_the_tree() -> None:
+    changed = [
+        dataclasses.replace(SMALL, tile=32),
+        dataclasses.replace(SMALL, split=128),
+        dataclasses.replace(SMALL, scale=0.1),
+        *VARIANTS.values(),
+    ]
+    assert len({tree.digest for tree in changed}) == len(changed)
+
+
+def test_what_has_no_tree_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="head size 96"):
+        tree_for(96)
+    with pytest.raises(UnsupportedError, match="scale"):
+        tree_for(64, -1.0)
+
+
+def test_a_cache_that_is_no_rows_of_slots_is_refused() -> None:
+    odd = torch.zeros(4, 17 * 96 + 8)[:, : 17 * 96].reshape(4, 17, 2, 48)
+    with pytest.raises(ConfigurationError, match="strides"):
+        Cache(torch.zeros(4, 1033).as_strided((4, 16, 1, 64), (1033, 64, 64, 1)), odd).rows()
+
+
+def test_every_schedule_has_its_own_name() -> None:
+    names = [schedule.name for schedule in (*DECODE, *PREFILL)]
+    assert len(set(names)) == len(names)
