@@ -45,7 +45,7 @@ def main() -> None:
         plant()
     llm = LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=160, seed=0,
-        kv_cache_memory_bytes=3 << 30, gpu_memory_utilization=0.3, disable_log_stats=True,
+        kv_cache_memory_bytes=3 << 30, gpu_memory_utilization=0.1, disable_log_stats=True,
         enforce_eager="eager" in how, **({"worker_cls": OURS} if worker == "ours" else {}),
     )  # fmt: skip
     rng = random.Random(1)
