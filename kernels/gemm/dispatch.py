@@ -7,14 +7,14 @@ graph holds one node for every M, and a captured CUDA graph the kernel that was 
 from __future__ import annotations
 
 import bisect
-import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm_deterministic.kernels.certificates import Certificate
-from vllm_deterministic.kernels.gemm.certify import EVERY_M, certificate, row_counts
+from vllm_deterministic.kernels.gemm.certify import certificate, row_counts
 from vllm_deterministic.kernels.gemm.schedules import Schedule, parse
 from vllm_deterministic.kernels.gemm.tables import Table, table_for
 from vllm_deterministic.kernels.gemm.tree import Problem
@@ -25,20 +25,23 @@ __all__ = ["Plan", "linear", "plan", "prepare"]
 
 logger = logging.getLogger("vllm.deterministic")
 
+# More rows at once are no faster per row, and certifying them would need gigabytes beside the weights.
+MOST_ROWS = 8192
+
 Choice = tuple[Schedule, int]  # a schedule, and the certified row count it is run at
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs at each M: certified schedules alone.
+    """What runs at each M: certified schedules alone, in the table's order of preference.
 
-    small: the choice for M = 1 ... EVERY_M, at index M - 1. table and certified decide the others.
+    certified: schedule -> the row counts it may be run at, as inclusive intervals, ascending.
     """
 
     problem: Problem
-    small: tuple[Choice, ...]
     table: Table
     certified: Mapping[Schedule, Sequence[tuple[int, int]]]
+    _chosen: dict[int, Choice] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, problem: Problem, table: Table, found: Certificate) -> Plan:
@@ -50,27 +53,26 @@ class Plan:
                 f"linear layer {problem}: no schedule is on the reduction tree on this machine ({lost}). "
                 "This card, driver or library version cannot serve it deterministically"
             )
-        plan = cls(problem, (), table, certified)
-        small = tuple(_choose(m, table, certified) for m in range(1, min(EVERY_M, plan.most) + 1))
-        return dataclasses.replace(plan, small=small)
+        return cls(problem, table, certified)
 
-    @property
+    @functools.cached_property
     def most(self) -> int:
         """The largest certified row count; more rows are run in pieces."""
         return max(last for spans in self.certified.values() for _, last in spans)
 
     def choose(self, m: int) -> Choice:
         """The schedule for m <= most rows, and the certified row count, at least m, at which it is run."""
-        if m <= len(self.small):
-            return self.small[m - 1]
-        return _choose(m, self.table, self.certified)
+        choice = self._chosen.get(m)
+        if choice is None:
+            choice = self._chosen[m] = _choose(m, self.table, self.certified)
+        return choice
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Writes the product of any number of rows into y, through certified row counts alone. x: [M, K], y: [M, N]."""
         m = x.shape[0]
-        if m > len(self.small) and m > (most := self.most):
-            for start in range(0, m, most):
-                self.run(x[start : start + most], weight, bias, y[start : start + most])
+        if m > self.most:
+            for start in range(0, m, self.most):
+                self.run(x[start : start + self.most], weight, bias, y[start : start + self.most])
             return
         schedule, rows = self.choose(m)
         if rows == m:
@@ -106,12 +108,12 @@ _plans: dict[tuple[int, int, torch.dtype, bool, int | None], Plan] = {}
 def prepare(problem: Problem, max_m: int, device: torch.device, *, fresh: bool = False) -> Certificate:
     """Certifies a shape on this card, from the cache if it holds a certificate, and makes its plan.
 
-    max_m: the largest number of rows to run at once; more are run in pieces. Raises UnsupportedError for a dtype
-    without a tree, CertificationError where no schedule is left.
+    max_m: the largest number of rows to run at once, up to MOST_ROWS; more are run in pieces. Raises UnsupportedError
+    for a dtype without a tree, CertificationError where no schedule is left.
     """
     tree = problem.tree  # refuses a dtype early
     table = table_for(problem, torch.cuda.get_device_name(device))
-    counts = row_counts(max_m)
+    counts = row_counts(min(max_m, MOST_ROWS))
     asked: dict[Schedule, set[int]] = {}
     first = 1
     for most, schedules in table:

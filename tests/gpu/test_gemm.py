@@ -232,9 +232,7 @@ def test_uncertified_row_counts_are_padded_and_cut() -> None:
             super().run(x, weight, bias, y)
 
     schedule = Watched()
-    table = [(1 << 30, [schedule])]
-    small = tuple(dispatch._choose(m, table, {schedule: [(8, 8)]}) for m in range(1, 9))
-    plan = dispatch.Plan(problem, small, table, {schedule: [(8, 8)]})
+    plan = dispatch.Plan(problem, [(1 << 30, [schedule])], {schedule: [(8, 8)]})
     x, weight, _ = hard_operands(21, 512, 256, BF16, CUDA)
     for m, ran in ((5, [8]), (21, [8, 8, 8])):
         seen.clear()
