@@ -21,6 +21,8 @@ _LAST_OF_FRONT_END = compat.REQUEST_SEAMS["process_inputs"]
 
 WORKER: dict[str, Callable[[], None]] = {}
 FRONT_END: dict[str, Callable[[], None]] = {}
+# The engine's own process, where the scheduler lives, has no seam of the plugin: planted when plugins are loaded.
+ENGINE: dict[str, Callable[[], None]] = {}
 # Faults that leave one of the plugin's replacements out.
 LEFT_OUT = {"untiled-linear": compat.CPU_SEAMS["linear"], "tie-order": compat.CPU_SEAMS["top_logprobs"]}
 
@@ -30,8 +32,10 @@ def plant() -> None:
     name = os.environ.get(VARIABLE)
     if not name:
         return
-    if name not in {*WORKER, *FRONT_END, *LEFT_OUT}:
+    if name not in set(NAMES):
         raise ValueError(f"no planted fault is called {name!r}")
+    if name in ENGINE:
+        ENGINE[name]()
     install = compat.install
 
     def installing(seam: compat.Seam, wrap: Callable[..., Any]) -> None:
@@ -57,6 +61,10 @@ def _wrap(owner: Any, attribute: str, replacement: Callable[..., Any]) -> None:
 
 def _worker(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return lambda plant_it: WORKER.setdefault(name, plant_it)
+
+
+def _engine(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    return lambda plant_it: ENGINE.setdefault(name, plant_it)
 
 
 def _front_end(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -121,13 +129,13 @@ def _chunk_norm() -> None:
     _wrap(RMSNorm, "forward_native", forward)
 
 
-@_worker("stale-prefix")
+@_engine("stale-prefix")
 def _stale_prefix() -> None:
-    """The prefix cache's key covers the first 16 tokens of a page of 128: another page with these is taken for it."""
+    """The prefix cache's key covers the first eighth of a page: a page with the same beginning is taken for it."""
     from vllm.v1.core import kv_cache_utils
 
     def hashing(original: Any, function: Any, parent: Any, tokens: Any, extra: Any = None) -> Any:
-        return original(function, parent, tokens[:16], extra)
+        return original(function, parent, tokens[: max(1, len(tokens) // 8)], extra)
 
     _wrap(kv_cache_utils, "hash_block_tokens", hashing)
 
@@ -149,19 +157,22 @@ def _rounded_prompt_logprobs() -> None:
 
 @_worker("abort-leak")
 def _abort_leak() -> None:
-    """Sampling noise shifts with every request that was aborted."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import RequestStatus
+    """Sampling noise shifts with every request that ended before its answer was complete."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_deterministic.integration.sampler import RowNoise
 
-    def finishing(original: Any, self: Any, ids: Any, status: Any, *args: Any, **kwargs: Any) -> Any:
-        if status == RequestStatus.FINISHED_ABORTED:
-            RowNoise.leaked = getattr(RowNoise, "leaked", 0) + 1
-        return original(self, ids, status, *args, **kwargs)
+    leaked = [0]
 
-    _wrap(Scheduler, "finish_requests", finishing)
-    _wrap(RowNoise, "seed", lambda original, self: original(self) ^ getattr(RowNoise, "leaked", 0))
+    def update(original: Any, self: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in scheduled.finished_req_ids:
+            state = self.requests.get(name)
+            if state is not None and len(state.output_token_ids) < state.sampling_params.max_tokens - 1:
+                leaked[0] += 1
+        return original(self, scheduled, *args, **kwargs)
+
+    _wrap(GPUModelRunner, "_update_states", update)
+    _wrap(RowNoise, "seed", lambda original, self: original(self) ^ leaked[0])
 
 
 @_worker("idle-noise")
@@ -235,4 +246,4 @@ def _chat_temperature() -> None:
     _wrap(ChatCompletionRequest, "to_sampling_params", params)
 
 
-NAMES = sorted({*WORKER, *FRONT_END, *LEFT_OUT})
+NAMES = sorted({*WORKER, *FRONT_END, *ENGINE, *LEFT_OUT})

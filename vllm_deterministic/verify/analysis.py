@@ -41,6 +41,7 @@ class Case:
     ignoring: frozenset[str] = frozenset()
     siblings: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
+    known: CaseResult | None = None  # the result of the first known.runs observations
 
     @property
     def differs(self) -> bool:
@@ -71,7 +72,13 @@ def _first(left: Sequence[object], right: Sequence[object]) -> int | None:
 
 
 def case_result(case: Case) -> CaseResult:
-    """The result of a case with at least one answer."""
+    """The result of a case with at least one answer. Kept: a long run asks for it after every family."""
+    if case.known is None or case.known.runs != len(case.observations):
+        case.known = _result(case)
+    return case.known
+
+
+def _result(case: Case) -> CaseResult:
     answers = comparable(case)
     summary = compare(answers)
     numbers: dict[str, int] = {}

@@ -6,12 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from vllm_deterministic.errors import ConfigurationError, DeterministicError
 
 __all__ = ["add_parser", "demo", "verify"]
+
+SECONDS_BETWEEN_FILES = 5.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -110,11 +113,14 @@ def verify(args: argparse.Namespace) -> int:
     if folder is not None:
         output.prepare(folder)
 
+    written = 0.0
     with live.Display(console, args.quiet) as display:
 
         def finished(run: Run) -> None:
             display.finished(run)
-            if folder is not None:
+            nonlocal written
+            if folder is not None and time.monotonic() - written > SECONDS_BETWEEN_FILES:
+                written = time.monotonic()
                 # What is known so far, should the process be killed; a full disk is told of at the end.
                 with contextlib.suppress(output.OutputError):
                     output.write(run.report(), folder)
