@@ -63,6 +63,9 @@ def findings() -> Iterator[Finding]:
         yield Finding("C++ compiler", "none: install g++, or serve with --enforce-eager", True)
     yield Finding("model architectures", ", ".join(sorted(policy.ARCHITECTURES[device])))
     yield Finding("dtypes", ", ".join(sorted(policy.DTYPES[device])))
+    yield Finding("refused: not proved", ", ".join(policy.refused_features()))
+    for name, (_, why) in policy.ENVIRONMENT.items():
+        yield Finding(f"refused: {name}", why)
 
 
 def add_parser(subparsers: Any) -> None:

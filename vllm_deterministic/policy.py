@@ -22,6 +22,7 @@ __all__ = [
     "engine_refusals",
     "environment_refusals",
     "refuse",
+    "refused_features",
     "request_refusal",
     "resolved_refusals",
 ]
@@ -147,6 +148,11 @@ def refuse(refusals: Iterable[Refusal]) -> None:
     if listed := list(refusals):
         lines = "".join(f"\n  - {refusal}" for refusal in listed)
         raise UnsupportedError(f"--deterministic cannot promise the same bits with this configuration:{lines}")
+
+
+def refused_features() -> list[str]:
+    """The well-known features that are refused because nobody has proved them yet."""
+    return sorted({feature for option, feature in _KNOWN_FEATURES.items() if option not in ENGINE_OPTIONS})
 
 
 def _flag(option: str) -> str:

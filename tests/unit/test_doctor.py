@@ -26,6 +26,14 @@ def test_an_unknown_vllm_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(finding.fatal and "9.9.9" in finding.value for finding in doctor.findings())
 
 
+def test_what_is_refused_is_listed_with_its_reason() -> None:
+    pytest.importorskip("vllm")
+    found = {finding.what: finding for finding in doctor.findings()}
+    assert "speculative decoding" in found["refused: not proved"].value
+    assert "neighbours" in found["refused: VLLM_CPU_ATTN_SPLIT_KV"].value
+    assert not found["refused: not proved"].fatal
+
+
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vllm")
     assert cli.main(["doctor"]) == 0

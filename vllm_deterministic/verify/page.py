@@ -166,7 +166,7 @@ def _hero(report: Report) -> str:
         # Differing answers are always shown; of the equal ones every step-th.
         kept = [at for at, group in enumerate(groups) if group or at % step == 0]
         groups, titles = [groups[at] for at in kept], [titles[at] for at in kept]
-    return charts.mosaic(groups, titles, columns=48, size=14) if groups else ""
+    return charts.mosaic(groups, titles, columns=56, size=14) if groups else ""
 
 
 def _resource(name: str) -> str:
