@@ -12,7 +12,7 @@ from vllm_deterministic.verify.power import detectable_rate, miss_probability
 from vllm_deterministic.verify.probes import Answer, Probe, compare, digest
 from vllm_deterministic.verify.report import CaseResult, Divergence, Latency, Power
 
-__all__ = ["Case", "Observation", "case_result", "comparable", "latencies", "power"]
+__all__ = ["Case", "Observation", "case_result", "comparable", "first_difference", "latencies", "power"]
 
 # What an endpoint may leave out. Text and finish reason are always there.
 OPTIONAL = ("token_ids", "tokens", "logprobs", "top_logprobs")
@@ -60,11 +60,8 @@ def comparable(case: Case) -> list[Answer]:
     return [dataclasses.replace(answer, index=0, **blank) for answer in answers]
 
 
-def _steps(answer: Answer) -> Sequence[object]:
-    return answer.steps
-
-
-def _first(left: Sequence[object], right: Sequence[object]) -> int | None:
+def first_difference(left: Sequence[object], right: Sequence[object]) -> int | None:
+    """The first position at which two sequences differ, or at which the shorter one has ended; None for equal ones."""
     if left == right:
         return None
     shared = min(len(left), len(right))
@@ -98,7 +95,7 @@ def _result(case: Case) -> CaseResult:
         compared=["text", *_brought(answers)],
         verdict="could not tell" if not told else "same" if summary.identical else "differs",
         runs=summary.runs,
-        tokens=sum(len(_steps(answer)) for answer in answers),
+        tokens=sum(len(answer.steps) for answer in answers),
         distinct_texts=summary.distinct_texts,
         distinct_tokens=summary.distinct_tokens,
         distinct_logprobs=summary.distinct_logprobs,
@@ -106,8 +103,8 @@ def _result(case: Case) -> CaseResult:
         conditions=[observation.condition for observation in case.observations],
         groups=groups,
         texts=[example.text for example in examples] if len(examples) > 1 else [],
-        sequences=[[str(step) for step in _steps(one)] for one in examples] if len(examples) > 1 else [],
-        divergences=[_first(_steps(examples[0]), _steps(other)) for other in examples[1:]],
+        sequences=[[str(step) for step in one.steps] for one in examples] if len(examples) > 1 else [],
+        divergences=[first_difference(examples[0].steps, other.steps) for other in examples[1:]],
         drift=_drift(examples),
         first_divergence=_first_divergence(case, answers, groups) if len(examples) > 1 else None,
     )
@@ -125,7 +122,7 @@ def _drift(examples: Sequence[Answer]) -> list[float]:
     reference = examples[0]
     worst = [0.0] * len(reference.logprobs)
     for other in examples[1:]:
-        parted = _first(_steps(reference), _steps(other))
+        parted = first_difference(reference.steps, other.steps)
         # The token that differs has a logprob of another token: not comparable any more.
         until = min(len(reference.logprobs), len(other.logprobs), len(worst) if parted is None else parted)
         for at in range(until):
@@ -161,17 +158,17 @@ def _parting(reference: Answer, other: Answer) -> tuple[int, str, str, str]:
         value = sequence[at]
         return f"{value!r} ({value.hex()})" if isinstance(value, float) else repr(value)
 
-    if (at := _first(_steps(reference), _steps(other))) is not None:
-        left, right = (one.tokens or _steps(one) for one in (reference, other))
+    if (at := first_difference(reference.steps, other.steps)) is not None:
+        left, right = (one.tokens or one.steps for one in (reference, other))
         return at, "text", shown(left, at), shown(right, at)
     if reference.text != other.text:
-        at = _first(reference.text, other.text) or 0
+        at = first_difference(reference.text, other.text) or 0
         return at, "text", shown(reference.text, at), shown(other.text, at)
-    if (at := _first(reference.logprob_bits, other.logprob_bits)) is not None:
+    if (at := first_difference(reference.logprob_bits, other.logprob_bits)) is not None:
         return at, "logprobs", shown(reference.logprobs, at), shown(other.logprobs, at)
-    if (at := _first(reference.top_logprobs, other.top_logprobs)) is not None:
+    if (at := first_difference(reference.top_logprobs, other.top_logprobs)) is not None:
         return at, "top_logprobs", shown(reference.top_logprobs, at), shown(other.top_logprobs, at)
-    return len(_steps(reference)), "finish_reason", str(reference.finish_reason), str(other.finish_reason)
+    return len(reference.steps), "finish_reason", str(reference.finish_reason), str(other.finish_reason)
 
 
 def power(cases: Sequence[CaseResult]) -> Power:
@@ -198,7 +195,7 @@ def latencies(cases: Sequence[Case]) -> list[Latency]:
     found = []
     for (endpoint, neighbours), observations in sorted(seen.items()):
         seconds = sorted(one.seconds for one in observations)
-        per_token = [one.seconds / max(1, len(_steps(one.answer))) for one in observations]
+        per_token = [one.seconds / max(1, len(one.answer.steps)) for one in observations]
         found.append(
             Latency(
                 endpoint=endpoint,

@@ -43,7 +43,7 @@ def mosaic(groups: Sequence[int], titles: Sequence[str], columns: int = 40, size
 
 def histogram(values: Sequence[int], length: int, caption: str, bins: int = 24) -> str:
     """How many answers part from the first one at which position, 0 … length - 1."""
-    width, height, left, bottom = 640.0, 190.0, 34.0, 34.0
+    width, height, left, bottom = 960.0, 220.0, 40.0, 34.0
     step = max(1, -(-max(length, 1) // bins))
     counts = [0] * max(1, -(-max(length, 1) // step))
     for value in values:
@@ -66,7 +66,7 @@ def histogram(values: Sequence[int], length: int, caption: str, bins: int = 24) 
 
 def drift(series: Sequence[tuple[str, Sequence[float]]], caption: str) -> str:
     """Largest |Δ logprob| by position on a logarithmic scale, a line per case; exact zeros lie on the floor."""
-    width, height, left, bottom = 640.0, 230.0, 46.0, 34.0
+    width, height, left, bottom = 960.0, 260.0, 48.0, 34.0
     inner_w, inner_h = width - left - 8, height - bottom - 14
     values = [value for _, line in series for value in line if value > 0]
     if not values:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from vllm_deterministic.errors import DeterministicError
 from vllm_deterministic.verify import charts, output
+from vllm_deterministic.verify.analysis import first_difference
 from vllm_deterministic.verify.discover import discover, find_model
 from vllm_deterministic.verify.probes import Answer, Probe
 from vllm_deterministic.verify.session import BoundReached, Bounds, Broken, Counts, Refused, Session
@@ -110,7 +111,12 @@ async def run(
         max_tokens=tokens,
         distinct_logprobs=len({answer.logprob_bits for answer in work.got}) if first.logprobs else None,
         answers=[
-            Answers(count=count, parts_at=_parts(first, one), text=one.text, tokens=[str(step) for step in _steps(one)])
+            Answers(
+                count=count,
+                parts_at=first_difference(first.steps, one.steps),
+                text=one.text,
+                tokens=[str(step) for step in _steps(one)],
+            )
             for one, count in ordered
         ],
     )
@@ -118,13 +124,6 @@ async def run(
 
 def _steps(answer: Answer) -> tuple[object, ...]:
     return answer.tokens or answer.steps
-
-
-def _parts(first: Answer, other: Answer) -> int | None:
-    if first.steps == other.steps:
-        return None
-    shared = min(len(first.steps), len(other.steps))
-    return next((at for at in range(shared) if first.steps[at] != other.steps[at]), shared)
 
 
 async def _ask_all(console: Console, session: Session, probe: Probe, n: int, concurrency: int, work: _Work) -> None:
@@ -156,12 +155,18 @@ def show(console: Console, result: Experiment) -> None:
         console.print(f"{result.distinct_logprobs} different sequences of logprobs.", highlight=False)
     most = result.answers[0].count
     for one in result.answers[:20]:
-        tail = one.text if one.parts_at is None else "".join(one.tokens[one.parts_at :])
+        tail = one.text[shared_characters(result, one) :]
         where = "" if one.parts_at is None else f"from token {one.parts_at}: "
         line = f"{one.count:5} {'█' * max(1, round(30 * one.count / most)):30} {where}{' '.join(tail.split())}"
         console.print(Text(line), overflow="ellipsis", no_wrap=True)
     if result.distinct > 20:
         console.print(f"      and {result.distinct - 20} more", style="dim")
+
+
+def shared_characters(result: Experiment, one: Answers) -> int:
+    """How much of an answer's text is that of the most frequent answer; 0 for that one itself."""
+    first = result.answers[0]
+    return 0 if one is first else first_difference(first.text, one.text) or 0
 
 
 def write(result: Experiment, folder: Path) -> None:
@@ -188,5 +193,5 @@ def render(result: Experiment) -> str:
         histogram=Markup(charts.histogram(parted, longest, "token at which an answer leaves the most frequent one"))
         if parted
         else "",
-        colour=charts.colour,
+        shared=[shared_characters(result, one) for one in result.answers],
     )
