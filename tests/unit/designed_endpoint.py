@@ -35,6 +35,7 @@ class Designed:
     strict: bool = False  # refuses fields that OpenAI does not know
     seeds: bool = True
     key: str | None = None
+    key_holds_for: int = 1_000_000_000  # requests
     models: tuple[str, ...] = ("designed",)
     busy_every: int = 0  # every so many requests get HTTP 429 first
     dies_after: int = 0  # requests, then connections are closed unanswered
@@ -79,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"error": {"message": message, "type": "error", "code": status}}, **headers)
 
     def _allowed(self) -> bool:
-        if self.of.key is not None and self.headers.get("Authorization") != f"Bearer {self.of.key}":
+        held = self.headers.get("Authorization") == f"Bearer {self.of.key}" and self.of.seen < self.of.key_holds_for
+        if self.of.key is not None and not held:
             self._no(401, "Incorrect API key provided")
             return False
         return True

@@ -150,12 +150,23 @@ def test_fail_fast_ends_at_the_first_difference() -> None:
     assert len(report.found_by) == 1
 
 
-def test_deep_goes_on_until_enough_tokens_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_goes_on_until_enough_tokens_were_compared() -> None:
     report = run(Designed(), level="deep", families=("repeat",), tokens=6000)
     case_tokens = sum(case.tokens for case in family(report, "repeat").cases)
     # A round of this family compares 3 kinds x 8 answers x 96 tokens.
     assert case_tokens == 3 * 3 * 8 * 96 >= 6000
     assert len({case.prompt for case in family(report, "repeat").cases}) == 9, "each round asks something new"
+
+
+def test_deep_ends_where_nothing_can_be_compared() -> None:
+    report = run(Designed(), level="deep", families=("scored",))
+    assert (report.verdict, report.partial) == ("could not tell", False)
+
+
+def test_a_key_that_is_withdrawn_leaves_a_partial_report() -> None:
+    report = run(Designed(key="k", key_holds_for=30), api_key="k")
+    assert (report.verdict, report.partial) == ("could not tell", True)
+    assert any("--api-key-env" in note for note in report.notes)
 
 
 def test_two_endpoints() -> None:

@@ -160,6 +160,10 @@ class Run:
                 self.notes.append(f"stopped by --max-seconds {self.plan.max_seconds:g}")
             except BoundReached as reached:
                 self.notes.append(str(reached))
+            except EndpointError as error:  # a key that was withdrawn meanwhile, for example
+                if self.can is None:
+                    raise
+                self.notes.append(str(error))
             except asyncio.CancelledError:
                 if self.can is None:
                     raise
@@ -172,7 +176,7 @@ class Run:
         plan = self.plan
         self.session, can = await self._connect(stack, plan.url, plan.model, plan.api_key, "first")
         if plan.against is not None:
-            model = plan.against_model or (None if plan.model is None else plan.model)
+            model = plan.against_model or plan.model
             key = plan.against_api_key or plan.api_key
             self.other, self.other_can = await self._connect(stack, plan.against, model, key, "second")
             if self.other_can.use_chat != can.use_chat or self.other_can.api != can.api:
@@ -190,11 +194,13 @@ class Run:
     async def _rounds(self) -> None:
         target = (self.plan.tokens or self.level.until_tokens) if self.level.until_tokens else 0
         while True:
+            before = self.counts.compared
             for progress in self.progress:
                 await self._family(progress)
                 self._finished(self)
             self.round += 1
-            if self.counts.compared >= target:
+            # A round that compared nothing would be followed by another one like it.
+            if self.counts.compared >= target or self.counts.compared == before:
                 return
 
     async def _family(self, progress: Progress) -> None:
