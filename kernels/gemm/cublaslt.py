@@ -135,10 +135,12 @@ def _prepared(
     """Operands and algorithm of one call. Raises RuntimeError where the algorithm cannot do it without workspace."""
     operands = _operands(problem, out_dtype, m, stride)
     if schedule.algo < 0:
-        found = _heuristics(device, operands, 1)
+        found = _heuristics(device, _operands(problem, problem.dtype, m, stride), 1)
         if not found:
             raise RuntimeError(f"cuBLASLt has no algorithm without split-K for {problem}, M = {m}")
-        return operands, found[0]
+        if out_dtype == problem.dtype:
+            return operands, found[0]
+        schedule = _described(found[0])  # certification looks at the float32 sums of the algorithm that serves
     algorithm = api.Algorithm()
     single, double = c_int(api.DATA_TYPE[problem.dtype]), c_int(api.DATA_TYPE[out_dtype])
     compute = api.COMPUTE_32F_PEDANTIC if problem.dtype == torch.float32 else api.COMPUTE_32F
@@ -154,13 +156,12 @@ def _prepared(
     return operands, algorithm
 
 
+def _described(algorithm: api.Algorithm) -> CublasLt:
+    config = api.config_of(algorithm)
+    return CublasLt(**{name: value for name, value in config.items() if name != "split_k"})
+
+
 def candidates(problem: Problem, m: int, device: int, most: int = 16) -> list[CublasLt]:
     """What the library itself would consider for this row count, best guess first; none of it splits K."""
-    operands = _operands(problem, problem.dtype, m, problem.k)
-    configs = [api.config_of(algorithm) for algorithm in _heuristics(device, operands, most)]
-    found = [
-        CublasLt(**{name: value for name, value in config.items() if name != "split_k"})
-        for config in configs
-        if config["split_k"] <= 1
-    ]
-    return list(dict.fromkeys(found))
+    found = _heuristics(device, _operands(problem, problem.dtype, m, problem.k), most)
+    return list(dict.fromkeys(_described(one) for one in found if api.config_of(one)["split_k"] <= 1))

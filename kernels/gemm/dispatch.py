@@ -118,16 +118,14 @@ def prepare(problem: Problem, max_m: int, device: torch.device, *, fresh: bool =
     first = 1
     for most, schedules in table:
         here = {m for m in counts if first <= m <= most}
-        eligible = [schedule for schedule in schedules if schedule.refusal(problem) is None]
-        for schedule in eligible:
-            # Whole tiles: the counts that share a tile with these are run alike.
-            asked.setdefault(schedule, set()).update(here)
+        for schedule in schedules:
+            if here and schedule.refusal(problem) is None:
+                asked.setdefault(schedule, set()).update(here)
         first = most + 1
-    found = certificate(problem, [(schedule, c) for schedule, c in asked.items() if c], device, fresh=fresh)
+    found = certificate(problem, list(asked.items()), device, fresh=fresh)
     for name, why in found.dropped.items():
         logger.warning("linear layer %s, tree %s: %s is off the tree (%s)", problem, tree.digest[:8], name, why)
-    plan = Plan.of(problem, table, found)
-    _plans[problem.n, problem.k, problem.dtype, problem.bias, device.index] = plan
+    _plans[problem.n, problem.k, problem.dtype, problem.bias, device.index] = Plan.of(problem, table, found)
     return found
 
 
