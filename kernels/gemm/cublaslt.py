@@ -142,11 +142,11 @@ def _prepared(
             return operands, found[0]
         schedule = _described(found[0])  # certification looks at the float32 sums of the algorithm that serves
     algorithm = api.Algorithm()
-    single, double = c_int(api.DATA_TYPE[problem.dtype]), c_int(api.DATA_TYPE[out_dtype])
+    operand, result_type = c_int(api.DATA_TYPE[problem.dtype]), c_int(api.DATA_TYPE[out_dtype])
     compute = api.COMPUTE_32F_PEDANTIC if problem.dtype == torch.float32 else api.COMPUTE_32F
     api.call(
-        "cublasLtMatmulAlgoInit", _handle(device), c_int(compute), c_int(api.DATA_TYPE[torch.float32]), single, single,
-        double, double, c_int(schedule.algo), byref(algorithm),
+        "cublasLtMatmulAlgoInit", _handle(device), c_int(compute), c_int(api.DATA_TYPE[torch.float32]),
+        operand, operand, result_type, result_type, c_int(schedule.algo), byref(algorithm),
     )  # fmt: skip
     api.set_config(algorithm, {name: getattr(schedule, name) for name in api.CONFIG})
     result = api.HeuristicResult()
