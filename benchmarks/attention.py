@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from vllm_deterministic.kernels.attention.certify import Sequences
-from vllm_deterministic.kernels.attention.launch import Attention, Cache, Scratch
+from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill
 from vllm_deterministic.kernels.attention.tree import tree_for
 from vllm_deterministic.kernels.timing import Timed, copies_beyond_l2
@@ -58,28 +58,15 @@ class Case:
         self.kv_len = torch.full((batch,), keys, device=DEVICE, dtype=torch.int32)
         self.calls = max(copies, 4) if batch * keys * queries < 2**26 else 2
 
-    @property
-    def flops(self) -> float:
-        seen = self.queries * (2 * self.keys - self.queries + 1) / 2
-        return 4.0 * self.batch * QUERY_HEADS * HEAD_SIZE * seen
-
     def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
         plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
         plan.fill(self.start, self.kv_len, attention.tree.split, 0)
         cache = Cache(self.k, self.v)
 
         def call(i: int) -> Call:
-            return lambda: attention.run(
-                self.q,
-                cache,
-                self.out,
-                self.tables[i % len(self.tables)],
-                self.start,
-                self.kv_len,
-                plan,
-                decode,
-                prefill,
-            )
+            table = self.tables[i % len(self.tables)]
+            batch = Batch(self.q, self.out, table, self.start, self.kv_len, plan)
+            return lambda: attention.run(batch, cache, decode, prefill)
 
         return [call(i) for i in range(self.calls)]
 
@@ -146,27 +133,50 @@ def measure(sides: dict[str, Callable[[], list[Call]]], repeats: int) -> dict[st
     return seconds
 
 
-def points(what: str, case: Case, seconds: dict[str, list[float]], mine: list[str]) -> list[dict[str, Any]]:
-    """One row a peer, against the first of ours; FlashAttention's page size is the one that is faster here."""
+def points(turn: dict[str, Any], ours: str) -> list[dict[str, Any]]:
+    """One row a peer, against our schedule; FlashAttention's page size is the one that is faster here."""
+    seconds, batch, keys, queries = (turn[name] for name in ("seconds", "batch", "keys", "queries"))
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     fa3 = [name for name in middle if name.startswith("fa3 default")]
-    keep = [min(fa3, key=middle.__getitem__)] if fa3 else []
-    keep += [name for name in middle if name not in fa3 and name not in mine]
-    ours = next((name for name in mine if name in seconds), None)
+    peers = [min(fa3, key=middle.__getitem__)] if fa3 else []
+    peers += [name for name in middle if name.startswith(("fa3 one", "vllm"))]
     rows = []
-    for peer in keep if ours else []:
+    for peer in peers if ours in seconds else []:
         ratios = [a / b for a, b in zip(seconds[peer], seconds[ours], strict=True)]
+        flops = 4.0 * batch * QUERY_HEADS * HEAD_SIZE * queries * (2 * keys - queries + 1) / 2
         rows.append(
             {
-                "what": what, "unit": "us", "name": peer, "schedule": ours,
+                "what": turn["what"], "unit": "us", "name": peer, "schedule": ours,
                 "peer": round(middle[peer] * 1e6, 2), "ours": round(middle[ours] * 1e6, 2),
-                "ratio": round(statistics.median(ratios), 3), "interval": interval(ratios),
-                "tb_per_s": round(case.batch * case.keys * KEY_BYTES / middle[ours] / 1e12, 3),
-                "tflop_per_s": round(case.flops / middle[ours] / 1e12, 1),
-                "all": {name: round(value * 1e6, 2) for name, value in middle.items()},
+                "ratio": round(statistics.median(ratios), 3),
+                "interval": interval(ratios), "tb_per_s": round(batch * keys * KEY_BYTES / middle[ours] / 1e12, 3),
+                "tflop_per_s": round(flops / middle[ours] / 1e12, 1),
             }
         )  # fmt: skip
     return rows
+
+
+def rescore(path: Path) -> None:
+    """Writes a finished run's points again, for the schedules that the launcher chooses now."""
+    result = json.loads(path.read_text())
+    kept = [point for point in result["points"] if point["what"].startswith("error")]
+    attention = Attention(tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu"))
+    attention.hopper, attention.multiprocessors = True, 132
+    for turn in result["turns"]:
+        decode, prefill = attention.schedules(turn["batch"], turn["queries"])
+        kept += points(turn, (prefill or decode).name)
+    result["points"] = kept
+    path.write_text(json.dumps(result, indent=1))
+    summary(kept)
+
+
+def summary(rows: list[dict[str, Any]]) -> None:
+    for kind in ("decode", "prefill"):
+        for peer in ("fa3 default", "fa3 one split", "vllm triton"):
+            ratios = [r["ratio"] for r in rows if r["what"].startswith(kind) and r["name"].startswith(peer)]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                print(f"{kind} against {peer}: geometric mean {mean:.3f}, worst {min(ratios)}", flush=True)
 
 
 def accuracy() -> list[dict[str, Any]]:
@@ -181,7 +191,7 @@ def accuracy() -> list[dict[str, Any]]:
     for i, kind in enumerate(sequences.kinds):
         for end in (1024, 4096):
             first = end - 512
-            decode, prefill = attention.schedules(512)
+            decode, prefill = attention.schedules(1, 512)
             want = sequences.exact(i, first, end)
             got = sequences.run([(i, first, end)], decode, prefill, torch.bfloat16)
             q, k, v = (x[:end].contiguous() for x in sequences.data[i])
@@ -209,8 +219,12 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="schedules that certification dropped")
     parser.add_argument("--parts", nargs="+", default=["accuracy", "decode", "middle", "prefill"])
     parser.add_argument("--gigabytes", type=float, default=20.0, help="of KV cache to scatter pages in")
+    parser.add_argument("--rescore", type=Path, help="only score this finished run again")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.json"))
     arguments = parser.parse_args()
+    if arguments.rescore:
+        rescore(arguments.rescore)
+        return
     import vllm
 
     result: dict[str, Any] = {
@@ -250,17 +264,16 @@ def main() -> None:
 
     def compare(what: str, batch: int, keys: int, queries: int) -> None:
         case = Case(pool, batch, keys, queries)
-        decode, prefill = attention.schedules(queries)
+        decode, prefill = attention.schedules(batch, queries)
         mine: dict[str, Callable[[], list[Call]]] = {}
         chosen = (prefill or decode).name
         mine[chosen] = lambda: case.ours(attention, decode, prefill)
         if arguments.tune:
-            few = attention.few(queries)
             for other in PREFILL if prefill else ():
                 if other.eligible(tree, heads, True) and other is not prefill and other.name in attention.allowed:
                     mine[other.name] = lambda other=other: case.ours(attention, decode, other)
             for rival in () if prefill else DECODE:
-                fits = rival.eligible(tree, heads, few, True) and rival.name in attention.allowed
+                fits = rival.eligible(tree, heads, True) and rival.name in attention.allowed
                 if fits and rival is not decode:
                     mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
         sides = dict(mine)
@@ -269,8 +282,9 @@ def main() -> None:
         sides["fa3 one split page 128"] = lambda: case.flash_attention(128, 1)
         sides["vllm triton batch-invariant page 16"] = case.triton_batch_invariant
         seconds = measure(sides, arguments.repeats)
-        result["turns"].append({"what": what, "seconds": seconds})
-        add(points(what, case, seconds, list(mine)))
+        turn = {"what": what, "batch": batch, "keys": keys, "queries": queries, "seconds": seconds}
+        result["turns"].append(turn)
+        add(points(turn, chosen))
 
     if "decode" in arguments.parts:
         for batch, keys in DECODE_POINTS:
@@ -281,12 +295,7 @@ def main() -> None:
     if "prefill" in arguments.parts:
         for batch, keys, queries in PREFILL_POINTS:
             compare(f"prefill {batch} x {queries} of {keys}", batch, keys, queries)
-    for kind in ("decode", "prefill"):
-        ratios = [
-            p["ratio"] for p in result["points"] if p["what"].startswith(kind) and p["name"].startswith("fa3 default")
-        ]
-        if ratios:
-            print(kind, "geometric mean", round(statistics.geometric_mean(ratios), 3), "worst", min(ratios), flush=True)
+    summary(result["points"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from vllm_deterministic.errors import CertificationError
 
 from ..certificates import Certificate
-from .launch import FEW_MAX, Attention, Cache
+from .launch import FEW_MAX, Attention, Batch, Cache
 from .reference import exact
 from .schedules import DECODE, PREFILL, REFERENCE, Decode, Prefill
 from .tree import Tree
@@ -113,7 +113,7 @@ class Sequences:
         if decode is None:
             plan.few = 0
         plan.fill(start, kv_len, attention.tree.split, attention.tree.window)
-        attention.run(q, self.cache, out, table, start, kv_len, plan, decode, prefill, self.sinks)
+        attention.run(Batch(q, out, table, start, kv_len, plan, self.sinks), self.cache, decode, prefill)
         return out
 
     def rows(self, stretches: list[Stretch], gold: list[torch.Tensor]) -> torch.Tensor:
@@ -193,7 +193,8 @@ def certify(
         return f"{wrong} of {checked} elements in a batch of {len(batch)}: {batch[:3]}"
 
     def found(schedule: Decode | Prefill, batches: Iterable[list[Stretch]], spans: list[tuple[int, int]]) -> None:
-        data = sequences if schedule.tma or schedule.warp_specialised else owned
+        whole_tiles = schedule.tma or (isinstance(schedule, Prefill) and schedule.warp_specialised)
+        data = sequences if whole_tiles else owned
         is_decode = isinstance(schedule, Decode)
         try:
             for batch in batches:
@@ -207,7 +208,7 @@ def certify(
 
     for decode in DECODE:
         few = FEW_MAX if decode.rows > 16 else max(16 // heads.group, 1)
-        if decode.eligible(tree, heads, few, attention.hopper):
+        if decode.eligible(tree, heads, attention.hopper):
             found(decode, _batches(sequences, few, random.Random(1), sizes), [(1, few)])
     for prefill in PREFILL:
         if prefill.eligible(tree, heads, attention.hopper):

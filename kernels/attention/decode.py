@@ -17,16 +17,10 @@ __all__ = ["combine", "decode"]
 
 
 @triton.jit
-def _matrix(row, column, row_stride, AXIS: tl.constexpr):
-    """Offsets of [rows, columns], or of its transpose with AXIS = 0."""
-    return tl.expand_dims(row * row_stride, AXIS) + tl.expand_dims(column, 1 - AXIS)
-
-
-@triton.jit
-def _keep(STATE, ACC, row, d, real, m, l, acc, D: tl.constexpr, AXIS: tl.constexpr):
+def _keep(STATE, ACC, row, d, real, m, l, acc, D: tl.constexpr):
     tl.store(STATE + row * 2, m, mask=real)
     tl.store(STATE + row * 2 + 1, l, mask=real)
-    tl.store(ACC + _matrix(row, d, D, AXIS), acc, mask=tl.expand_dims(real, AXIS))
+    tl.store(ACC + ((row * D)[:, None] + d[None, :]), acc, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["bt_stride"])
@@ -35,7 +29,7 @@ def decode(
     log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
     GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr,
-    AXIS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: pieces, KV heads, blocks of ROWS rows (token, head of the group).
 
@@ -60,7 +54,7 @@ def decode(
             position = keys - queries + token
             d = tl.arange(0, D)
             at = (start + token).to(tl.int64)
-            q = tl.load(Q + _matrix(at * q_token + head * D, d, 1, AXIS), mask=tl.expand_dims(real, AXIS), other=0.0)
+            q = tl.load(Q + ((at * q_token + head * D)[:, None] + d[None, :]), mask=real[:, None], other=0.0)
             pages = PAGE_TABLE + b.to(tl.int64) * bt_stride
             m = tl.full((ROWS,), float("-inf"), tl.float32)
             l = tl.zeros((ROWS,), tl.float32)
@@ -86,25 +80,21 @@ def decode(
                     v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
                 if PAGE % T == 0:
                     page = tl.load(pages + tl.minimum(j + 1, tiles - 1) * T // PAGE)
-                if AXIS == 1:
-                    x = tl.dot(q, tl.trans(k))
-                else:
-                    x = tl.dot(k, q)
-                    v = tl.trans(v)
+                x = tl.dot(q, tl.trans(k))
                 if SOFTCAP:
                     x = softcap(x, tanh_scale)
-                ahead = tl.expand_dims(position, AXIS) - tl.expand_dims(key, 1 - AXIS)
+                ahead = position[:, None] - key[None, :]
                 seen = ahead >= 0
                 if WINDOW > 0:
                     seen = seen & (ahead < WINDOW)
-                p, alpha, m = weigh(tl.where(seen, x, float("-inf")), m, c, AXIS)
-                l, acc = accumulate(p, alpha, row_sum(p, ROWS, T, AXIS), v, l, acc, AXIS)
+                p, alpha, m = weigh(tl.where(seen, x, float("-inf")), m, c)
+                l, acc = accumulate(p, alpha, row_sum(p, ROWS, T), v, l, acc)
                 if (j + 1) % (S // T) == 0 or j + 1 == tiles:
                     if slot < 0:
-                        M, L, A = merge(M, L, A, m, l, acc, AXIS)
+                        M, L, A = merge(M, L, A, m, l, acc)
                     else:
                         kept = (slot + j // (S // T) - first) * FEW + token
-                        _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, D, AXIS)
+                        _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, D)
                     m = tl.full((ROWS,), float("-inf"), tl.float32)
                     l = tl.zeros((ROWS,), tl.float32)
                     acc = tl.zeros(q.shape, tl.float32)
@@ -112,30 +102,20 @@ def decode(
                 sink = M
                 if SINK:
                     sink = tl.load(SINKS + head) * log2e
-                o = finish(M, L, A, sink, AXIS, SINK)
-                to = O + _matrix(at * o_token + head * D, d, 1, AXIS)
-                tl.store(to, o.to(O.dtype.element_ty), mask=tl.expand_dims(real, AXIS))
+                o = finish(M, L, A, sink, SINK)
+                to = O + ((at * o_token + head * D)[:, None] + d[None, :])
+                tl.store(to, o.to(O.dtype.element_ty), mask=real[:, None])
             elif slot < -1:
                 kept = (-2 - slot) * FEW + token
-                _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, D, AXIS)
+                _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, D)
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def _batch(STATE, ACC, row, first, splits, i, d, D: tl.constexpr, STRIDE: tl.constexpr):
-    """(m, l, acc) of the splits from `first` on, rows of a head one STRIDE apart."""
-    there = first + i < splits
-    rows = row + (first + i).to(tl.int64) * STRIDE
-    m = tl.load(STATE + rows * 2, mask=there, other=float("-inf"))
-    l = tl.load(STATE + rows * 2 + 1, mask=there, other=0.0)
-    return m, l, tl.load(ACC + rows[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-
-
-@triton.jit
 def combine(
     O, SINKS, STATE, ACC, SEQUENCES, QUERY_START, log2e, o_token,
-    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
+    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences, query tokens, heads; one warp. The first slot holds a merge already; splits ascending after
@@ -156,17 +136,15 @@ def combine(
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
-        # A batch of splits is loaded while the one before is merged. Past the end, m = -inf and l = acc = 0.
-        i = tl.arange(0, BATCH)
-        m, l, acc = _batch(STATE, ACC, row, merged, splits, i, d, D, FEW * Q_HEADS)
-        for s in tl.range(merged, splits, BATCH):
-            m_now, l_now, acc_now = m, l, acc
-            m, l, acc = _batch(STATE, ACC, row, s + BATCH, splits, i, d, D, FEW * Q_HEADS)
-            for split in tl.static_range(BATCH):
-                # One of the batch: the others are masked, so neither a maximum nor a sum has an order.
-                M, a, b = merge_scales(M, tl.max(tl.where(i == split, m_now, float("-inf")), 0))
-                L = tl.fma(L, a, tl.sum(tl.where(i == split, l_now, 0.0), 0) * b)
-                A = tl.fma(A, zero + a, tl.sum(tl.where((i == split)[:, None], acc_now, 0.0), 0) * b)
+        row += merged * FEW * Q_HEADS
+        for _ in tl.range(merged, splits, loop_unroll_factor=UNROLL):
+            m = tl.load(STATE + row * 2)
+            l = tl.load(STATE + row * 2 + 1)
+            acc = tl.load(ACC + row * D + d)
+            M, a, b = merge_scales(M, m)
+            L = tl.fma(L, a, l * b)
+            A = tl.fma(A, zero + a, acc * b)
+            row += FEW * Q_HEADS
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
             L = tl.fma(L, a, b)

@@ -27,7 +27,7 @@ from .plan import Plan
 from .schedules import DECODE, PREFILL, Decode, Heads, Prefill
 from .tree import LOG2E, Tree
 
-__all__ = ["FEW_MAX", "Attention", "Cache", "Scratch"]
+__all__ = ["FEW_MAX", "Attention", "Batch", "Cache", "Scratch"]
 
 FEW_MAX = 16  # query tokens up to which a whole batch is decoded
 _SCRATCH_SPLITS = 4096
@@ -54,6 +54,23 @@ class Cache:
             rows = (pages - 1) * (page // slot) + (heads - 1) * (head // slot) + slots
             return rows, size, page // slot, head // slot, 0
         return (pages - 1) * (page // slot) + slots, (heads - 1) * head + size, page // slot, 0, head
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call works on. q, out: [tokens, query heads, head size], heads adjacent; out of q's dtype or fp32.
+
+    page_table: [sequences, pages], query_start: [sequences + 1], kv_len: [sequences], keys including the query tokens;
+    all int32. plan: filled for these lengths. sinks: [query heads] fp32, with a tree that has them.
+    """
+
+    q: torch.Tensor
+    out: torch.Tensor
+    page_table: torch.Tensor
+    query_start: torch.Tensor
+    kv_len: torch.Tensor
+    plan: Plan
+    sinks: torch.Tensor | None = None
 
 
 @dataclass
@@ -98,12 +115,13 @@ class Attention:
         """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`."""
         return max_query if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
 
-    def schedules(self, max_query: int) -> tuple[Decode, Prefill | None]:
-        """The schedules for a padded batch: the first that is eligible and allowed."""
+    def schedules(self, batch: int, max_query: int) -> tuple[Decode, Prefill | None]:
+        """The schedules for a padded batch of so many sequences: the first that fit it, are eligible and allowed."""
         few = self.few(max_query)
-        wide = 64 if few * self.heads.group > 16 else 16
-        decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, few, self.hopper)]
-        decode.sort(key=lambda s: s.rows != wide)
+        rows = 16 if few * self.heads.group <= 16 else 64
+        many = batch * self.heads.kv >= 4 * self.multiprocessors
+        decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
+        decode.sort(key=lambda s: (s.rows != rows, s.many != many))
         prefill = [s for s in PREFILL if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
         if not decode or not prefill:
             raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
@@ -114,102 +132,72 @@ class Attention:
         few = self.few(max_query)
         slots = max(decode.per_sm * self.multiprocessors // self.heads.kv, 1)
         block = prefill.rows if prefill else 128
-        if prefill and prefill.warp_specialised:
-            block = 128
-        return Plan.empty(
-            batch, tokens, few=few, block=block, slots=slots, capacity=_SCRATCH_SPLITS // few, device=str(self.device)
-        )
+        capacity = _SCRATCH_SPLITS // few
+        return Plan.empty(batch, tokens, few=few, block=block, slots=slots, capacity=capacity, device=self.device)
 
-    def run(
-        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, page_table: torch.Tensor, query_start: torch.Tensor,
-        kv_len: torch.Tensor, plan: Plan, decode: Decode | None, prefill: Prefill | None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Writes attention of all sequences' query tokens.
+    def run(self, batch: Batch, cache: Cache, decode: Decode | None, prefill: Prefill | None) -> None:
+        """Writes attention of the batch's query tokens into its `out`.
 
-        q, out: [tokens, query heads, head size], heads adjacent; out of q's dtype or fp32. page_table: [batch, pages]
-        int32. query_start: [batch + 1], kv_len: [batch] int32, keys including the query tokens. plan: filled for them.
-        sinks: [query heads] fp32. Raises ConfigurationError for tensors of another layout.
+        decode, prefill: as the batch's plan was made for. Raises ConfigurationError for tensors of another layout.
         """
-        self._check(q, cache, out, sinks)
-        tree, heads = self.tree, self.heads
-        rows = cache.rows()
-        common = dict(  # noqa: C408
-            GROUP=heads.group, D=tree.head_size, T=tree.tile, S=tree.split, PAGE=heads.page, WINDOW=tree.window,
-            SOFTCAP=tree.softcap > 0, SINK=tree.sink, enable_fp_fusion=False,
-        )  # fmt: skip
-        numbers = (tree.log2_scale, tree.tanh_scale, LOG2E, page_table.stride(0))
-        strides = (*cache.k.stride()[:3], *rows[2:])
-        lengths = (query_start, kv_len, page_table)
+        self._check(batch, cache)
         if decode is not None:
-            self._decode(q, cache, out, page_table, query_start, plan, decode, sinks, lengths, numbers, strides, common)
+            self._decode(batch, cache, decode)
         if prefill is not None:
-            self._prefill(q, cache, out, plan, prefill, sinks, lengths, numbers, strides, common)
+            self._prefill(batch, cache, prefill)
 
-    def _decode(
-        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, page_table: torch.Tensor, query_start: torch.Tensor,
-        plan: Plan,
-        decode: Decode, sinks: torch.Tensor | None, lengths: Any, numbers: Any, strides: Any, common: dict[str, Any],
-    ) -> None:  # fmt: skip
-        tree, heads, rows = self.tree, self.heads, cache.rows()
-        few = {"Q_HEADS": heads.query, "FEW": plan.few}
-        partial = (self.scratch.state, self.scratch.acc)
-        if decode.warp_specialised:
-            from .decode_ws import decode_ws
+    def _constants(self) -> dict[str, Any]:
+        tree, heads = self.tree, self.heads
+        return {
+            "GROUP": heads.group, "D": tree.head_size, "T": tree.tile, "S": tree.split, "PAGE": heads.page,
+            "WINDOW": tree.window, "SOFTCAP": tree.softcap > 0, "SINK": tree.sink, "enable_fp_fusion": False,
+        }  # fmt: skip
 
-            k, v = self._tiles(cache, rows, gluon=True)
-            stages = decode.stages * 128 // tree.head_size
-            programs = min(self.multiprocessors, plan.pieces.shape[0] * heads.kv)
-            decode_ws[(programs,)](
-                q, k, v, out, sinks, *partial, plan.pieces, plan.counts, *lengths, *numbers, q.stride(0), out.stride(0),
-                *rows[2:], **common, **few, STAGES=stages, num_warps=4, maxnreg=144,
-            )  # fmt: skip
-        else:
-            k, v = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
-            grid = (plan.pieces.shape[0], heads.kv, triton.cdiv(plan.few * heads.group, decode.rows))
-            decode_kernels.decode[grid](
-                q, cache.k, cache.v, k, v, out, sinks, *partial, plan.pieces, plan.counts, *lengths, *numbers,
-                q.stride(0),
-                out.stride(0), *strides, **common, **few, ROWS=decode.rows, AXIS=0 if decode.keys_first else 1,
-                TMA=decode.tma, STAGES=decode.stages, PDL=self.hopper, num_warps=decode.warps,
-            )  # fmt: skip
-        if page_table.shape[1] * heads.page > tree.split:
+    def _lengths(self, batch: Batch) -> tuple[Any, ...]:
+        tree, table = self.tree, batch.page_table
+        numbers = (tree.log2_scale, tree.tanh_scale, LOG2E, table.stride(0))
+        return batch.query_start, batch.kv_len, table, *numbers
+
+    def _decode(self, batch: Batch, cache: Cache, decode: Decode) -> None:
+        tree, heads, plan, rows = self.tree, self.heads, batch.plan, cache.rows()
+        tiles = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
+        partial = (batch.out, batch.sinks, self.scratch.state, self.scratch.acc)
+        few = {"Q_HEADS": heads.query, "FEW": plan.few, "PDL": self.hopper}
+        grid = (plan.pieces.shape[0], heads.kv, triton.cdiv(plan.few * heads.group, decode.rows))
+        decode_kernels.decode[grid](
+            batch.q, cache.k, cache.v, *tiles, *partial, plan.pieces, plan.counts, *self._lengths(batch),
+            batch.q.stride(0), batch.out.stride(0), *cache.k.stride()[:3], *rows[2:], **self._constants(), **few,
+            ROWS=decode.rows, TMA=decode.tma, STAGES=decode.stages, num_warps=decode.warps,
+        )  # fmt: skip
+        if batch.page_table.shape[1] * heads.page > tree.split:
             decode_kernels.combine[(plan.batch, plan.few, heads.query)](
-                out, sinks, *partial, plan.sequences, query_start, LOG2E, out.stride(0), D=tree.head_size,
-                SINK=tree.sink,
-                **few, BATCH=16, PDL=self.hopper, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
+                *partial, plan.sequences, batch.query_start, LOG2E, batch.out.stride(0), D=tree.head_size,
+                SINK=tree.sink, **few, UNROLL=8, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
             )  # fmt: skip
 
-    def _prefill(
-        self, q: torch.Tensor, cache: Cache, out: torch.Tensor, plan: Plan, prefill: Prefill,
-        sinks: torch.Tensor | None,
-        lengths: Any, numbers: Any, strides: Any, common: dict[str, Any],
-    ) -> None:  # fmt: skip
-        tree, heads, rows = self.tree, self.heads, cache.rows()
+    def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
+        tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows(), batch.q
+        work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
         grid = (plan.blocks.shape[0], heads.query)
         if prefill.warp_specialised:
             from .prefill_ws import prefill_ws
 
-            k, v = self._tiles(cache, rows, gluon=True)
-            tokens = self._descriptor(
-                q.as_strided((q.shape[0], heads.query * tree.head_size), (q.stride(0), 1)), 64, True
-            )
+            tokens = q.as_strided((q.shape[0], heads.query * tree.head_size), (q.stride(0), 1))
             prefill_ws[grid](
-                tokens, k, v, out, sinks, plan.blocks, plan.counts, *lengths, *numbers, out.stride(0), *rows[2:],
-                **common,
-                STAGES=prefill.stages, num_warps=4, maxnreg=168,
+                self._descriptor(tokens, 64, gluon=True), *self._tiles(cache, rows, gluon=True), *work,
+                batch.out.stride(0), *rows[2:], **self._constants(), STAGES=prefill.stages, num_warps=4, maxnreg=168,
             )  # fmt: skip
         else:
-            k, v = self._tiles(cache, rows, gluon=False) if prefill.tma else (None, None)
+            tiles = self._tiles(cache, rows, gluon=False) if prefill.tma else (None, None)
             prefill_kernels.prefill[grid](
-                q, cache.k, cache.v, k, v, out, sinks, plan.blocks, plan.counts, *lengths, *numbers, q.stride(0),
-                out.stride(0), *strides, **common, ROWS=prefill.rows, TMA=prefill.tma, STAGES=prefill.stages,
+                q, cache.k, cache.v, *tiles, *work, q.stride(0), batch.out.stride(0), *cache.k.stride()[:3], *rows[2:],
+                **self._constants(), ROWS=prefill.rows, TMA=prefill.tma, STAGES=prefill.stages,
                 num_warps=prefill.warps,
             )  # fmt: skip
 
-    def _check(self, q: torch.Tensor, cache: Cache, out: torch.Tensor, sinks: torch.Tensor | None) -> None:
-        tree, heads = self.tree, self.heads
-        for name, x in (("q", q), ("out", out)):
+    def _check(self, batch: Batch, cache: Cache) -> None:
+        tree, heads, q = self.tree, self.heads, batch.q
+        for name, x in (("q", q), ("out", batch.out)):
             if x.shape[1:] != (heads.query, tree.head_size) or x.stride()[1:] != (tree.head_size, 1):
                 raise ConfigurationError(
                     f"{name} must be [tokens, {heads.query}, {tree.head_size}] with adjacent heads, not "
@@ -221,7 +209,7 @@ class Attention:
             raise UnsupportedError(
                 f"attention of {q.dtype} over a cache of {cache.k.dtype} is not covered: bf16 and fp16 are"
             )
-        if tree.sink and sinks is None:
+        if tree.sink and batch.sinks is None:
             raise ConfigurationError("the tree has attention sinks: pass sinks")
 
     def _tiles(self, cache: Cache, rows: tuple[int, ...], gluon: bool) -> tuple[Any, Any]:

@@ -86,7 +86,9 @@ class Plan:
     counts: torch.Tensor
 
     @classmethod
-    def empty(cls, batch: int, tokens: int, *, few: int, block: int, slots: int, capacity: int, device: str) -> Plan:
+    def empty(
+        cls, batch: int, tokens: int, *, few: int, block: int, slots: int, capacity: int, device: torch.device | str
+    ) -> Plan:
         """For up to `batch` sequences with `tokens` query tokens in all, and `capacity` splits of scratch."""
 
         def table(rows: int, columns: int) -> torch.Tensor:

@@ -46,8 +46,8 @@ def _tile(
         if WINDOW > 0:
             seen = seen & (ahead < WINDOW)
         x = tl.where(seen, x, float("-inf"))
-    p, alpha, m = weigh(x, m, c, 1)
-    l, acc = accumulate(p, alpha, row_sum(p, ROWS, T, 1), v, l, acc, 1)
+    p, alpha, m = weigh(x, m, c)
+    l, acc = accumulate(p, alpha, row_sum(p, ROWS, T), v, l, acc)
     return m, l, acc
 
 
@@ -97,7 +97,7 @@ def prefill(
                 kv_head, row_page, row_head, column_head, False, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
             )  # fmt: skip
             if (j + 1) % (S // T) == 0:
-                M, L, A = merge(M, L, A, m, l, acc, 1)
+                M, L, A = merge(M, L, A, m, l, acc)
                 m = tl.full((ROWS,), float("-inf"), tl.float32)
                 l = tl.zeros((ROWS,), tl.float32)
                 acc = tl.zeros((ROWS, D), tl.float32)
@@ -109,15 +109,15 @@ def prefill(
                 kv_head, row_page, row_head, column_head, True, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
             )  # fmt: skip
             if (j + 1) % (S // T) == 0:
-                M, L, A = merge(M, L, A, m, l, acc, 1)
+                M, L, A = merge(M, L, A, m, l, acc)
                 m = tl.full((ROWS,), float("-inf"), tl.float32)
                 l = tl.zeros((ROWS,), tl.float32)
                 acc = tl.zeros((ROWS, D), tl.float32)
         # The last split; an empty one, where it ended with the loop, changes nothing.
-        M, L, A = merge(M, L, A, m, l, acc, 1)
+        M, L, A = merge(M, L, A, m, l, acc)
         sink = M
         if SINK:
             sink = tl.full((ROWS,), 0.0, tl.float32) + tl.load(SINKS + head) * log2e
-        o = finish(M, L, A, sink, 1, SINK)
+        o = finish(M, L, A, sink, SINK)
         to = O + (at * o_token + head * D)[:, None] + d[None, :]
         tl.store(to, o.to(O.dtype.element_ty), mask=real[:, None])

@@ -25,29 +25,22 @@ class Heads:
 
 @dataclass(frozen=True)
 class Decode:
-    """A decode kernel's launch. warp_specialised: decode_ws, else decode. rows: (token, head) rows of one program.
+    """A decode kernel's launch. rows: (token, head) rows of one program. tma: by TMA, from pages of whole tiles.
 
-    keys_first: the tile's keys on the tensor core's wide side. tma: tiles come by TMA, from pages of whole tiles.
-    per_sm: programs per multiprocessor that the work is cut for.
+    per_sm: programs per multiprocessor that the work is cut for. many: for batches that fill the card several times.
     """
 
     name: str
-    warp_specialised: bool = False
     rows: int = 16
     warps: int = 4
-    stages: int = 4
-    keys_first: bool = False
+    stages: int = 2
     tma: bool = False
     per_sm: int = 2
+    many: bool = False
 
-    def eligible(self, tree: Tree, heads: Heads, few: int, hopper: bool) -> bool:
-        """Whether the kernel can run sequences of up to `few` query tokens."""
-        whole_tiles = heads.page % tree.tile == 0
-        if self.warp_specialised:
-            return hopper and whole_tiles and tree.split == 4 * tree.tile and few * heads.group <= 16
-        if (self.tma or self.keys_first) and tree.head_size > 128:
-            return False
-        return not self.tma or (hopper and whole_tiles)
+    def eligible(self, tree: Tree, heads: Heads, hopper: bool) -> bool:
+        """Whether the kernel can run this layer. Tiles of head size 256 leave no room for a pipeline by TMA."""
+        return not self.tma or (hopper and heads.page % tree.tile == 0 and tree.head_size <= 128)
 
 
 @dataclass(frozen=True)
@@ -72,16 +65,12 @@ class Prefill:
 
 # The simplest kernel on the tree: one tile at a time, no pipeline. Its bits are the tree's.
 REFERENCE = Prefill("reference", rows=64, warps=4, stages=1)
-# Fastest first, as measured (benchmarks/attention.py).
+# Fastest first, as measured on an H200 (benchmarks/attention.py).
 DECODE = (
-    Decode("decode-ws", warp_specialised=True, stages=6, per_sm=1),
-    Decode("decode-tma", tma=True, stages=3, per_sm=1),
-    Decode("decode-keys-tma", tma=True, keys_first=True, stages=2),
-    Decode("decode-keys", keys_first=True, stages=2),
-    Decode("decode-64-tma", rows=64, tma=True, stages=2, per_sm=1),
-    Decode("decode-64", rows=64, stages=2, per_sm=1),
-    Decode("decode-deep", stages=4),
-    Decode("decode", stages=2),
+    Decode("decode-tma", stages=3, tma=True, per_sm=1),
+    Decode("decode", many=True),
+    Decode("decode-64-tma", rows=64, tma=True, per_sm=1),
+    Decode("decode-64", rows=64, per_sm=1),
 )
 PREFILL = (
     Prefill("prefill-ws", warp_specialised=True),

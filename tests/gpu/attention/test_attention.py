@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from vllm_deterministic.kernels.attention import certify, launch  # noqa: E402
 from vllm_deterministic.kernels.attention import decode as decode_module  # noqa: E402
 from vllm_deterministic.kernels.attention import prefill as prefill_module  # noqa: E402
-from vllm_deterministic.kernels.attention.launch import Attention, Scratch  # noqa: E402
+from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
+from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
 from vllm_deterministic.kernels.attention.schedules import (  # noqa: E402
     DECODE,
     PREFILL,
@@ -100,7 +101,7 @@ def dropped(monkeypatch: pytest.MonkeyPatch, only: Decode | Prefill) -> str:
         return str(error)
 
 
-ROW_SUM = {"row_sum(p, ROWS, T, AXIS)": "tl.sum(p, AXIS)"}
+ROW_SUM = {"row_sum(p, ROWS, T)": "tl.sum(p, 1)"}
 RELATIVE = {
     "for j in tl.range(begin, plain": "for j in tl.range(begin, begin",
     "tl.range(plain, end": "tl.range(begin, end",
@@ -124,9 +125,9 @@ def test_splits_counted_from_the_end_of_a_chunk_are_caught(monkeypatch: pytest.M
     fault = broken(prefill_module, tmp_path, RELATIVE)
     run = Attention.run
 
-    def swapped(self: Attention, *args: object, **keywords: object) -> None:
-        monkeypatch.setattr(launch, "prefill_kernels", prefill_module if args[8] is REFERENCE else fault)
-        run(self, *args, **keywords)  # type: ignore[arg-type]
+    def swapped(self: Attention, batch: Batch, cache: Cache, decode: Decode | None, prefill: Prefill | None) -> None:
+        monkeypatch.setattr(launch, "prefill_kernels", prefill_module if prefill is REFERENCE else fault)
+        run(self, batch, cache, decode, prefill)
 
     monkeypatch.setattr(Attention, "run", swapped)
     assert "elements" in dropped(monkeypatch, Prefill("prefill-64", rows=64, warps=4))
@@ -138,16 +139,23 @@ def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Attention.run
+    fill, run = Plan.fill, Attention.run
 
-    def by_batch(self: Attention, *args: object, **keywords: object) -> None:
-        plan, decode = args[6], args[7]
-        if decode is not None and plan.batch > 4:  # type: ignore[attr-defined]
-            self = dataclasses.replace(self, tree=dataclasses.replace(self.tree, split=256))
-            plan.fill(args[4], args[5], 256, 0)  # type: ignore[attr-defined]
-        run(self, *args, **keywords)  # type: ignore[arg-type]
+    def split(batch: int) -> int:
+        return 256 if batch > 4 else 512
 
-    monkeypatch.setattr(Attention, "run", by_batch)
+    def fill_by_batch(self: Plan, query_start: torch.Tensor, kv_len: torch.Tensor, _split: int, window: int) -> None:
+        fill(self, query_start, kv_len, split(self.batch) if self.few else _split, window)
+
+    def run_by_batch(
+        self: Attention, batch: Batch, cache: Cache, decode: Decode | None, prefill: Prefill | None
+    ) -> None:
+        if decode is not None:
+            self = dataclasses.replace(self, tree=dataclasses.replace(self.tree, split=split(batch.plan.batch)))
+        run(self, batch, cache, decode, prefill)
+
+    monkeypatch.setattr(Plan, "fill", fill_by_batch)
+    monkeypatch.setattr(Attention, "run", run_by_batch)
     assert "elements" in dropped(monkeypatch, Decode("decode", stages=2))
 
 
@@ -169,7 +177,7 @@ def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
     shape, dtype, _ = case("qwen")
     sequences = certify.Sequences(shape, 3000, dtype, kinds=("normal", "heavy"))
     gold = [sequences.run([(i, 0, 3000)], None, REFERENCE, dtype) for i in range(2)]
-    decode, prefill = shape.schedules(256)
+    decode, prefill = shape.schedules(8, 256)
     q = torch.zeros(256, 32, 128, dtype=dtype, device="cuda")
     out, table = torch.zeros_like(q), torch.zeros(8, sequences.table.shape[1], dtype=torch.int32, device="cuda")
     start, kv_len = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (9, 8))
@@ -177,7 +185,7 @@ def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
 
     def step() -> None:
         plan.fill(start, kv_len, shape.tree.split, 0)
-        shape.run(q, sequences.cache, out, table, start, kv_len, plan, decode, prefill)
+        shape.run(Batch(q, out, table, start, kv_len, plan), sequences.cache, decode, prefill)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -206,8 +214,8 @@ def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
 
 def test_schedules_that_are_not_certified_are_not_chosen() -> None:
     shape, _, _ = case("qwen")
-    chosen = shape.schedules(1)[0].name, shape.schedules(5)[0].name
+    chosen = shape.schedules(1, 1)[0].name, shape.schedules(1, 5)[0].name
     shape.allowed = {"decode", "decode-64", "prefill"}
-    assert (shape.schedules(1)[0].name, shape.schedules(5)[0].name) == ("decode", "decode-64")
+    assert (shape.schedules(1, 1)[0].name, shape.schedules(1, 5)[0].name) == ("decode", "decode-64")
     assert chosen != ("decode", "decode-64")
     assert {s.name for s in (*DECODE, *PREFILL)} >= shape.allowed
