@@ -156,6 +156,15 @@ def points(turn: dict[str, Any], ours: str) -> list[dict[str, Any]]:
     return rows
 
 
+def write(result: dict[str, Any], path: Path) -> None:
+    """JSON with one point a line."""
+    text = json.dumps({**result, "points": ["POINTS"], "turns": ["TURNS"]}, indent=1)
+    for name in ("points", "turns"):
+        rows = ",\n  ".join(json.dumps(row) for row in result[name])
+        text = text.replace(f'"{name.upper()}"', rows)
+    path.write_text(text + "\n")
+
+
 def rescore(path: Path) -> None:
     """Writes a finished run's points again, for the schedules that the launcher chooses now."""
     result = json.loads(path.read_text())
@@ -166,7 +175,7 @@ def rescore(path: Path) -> None:
         decode, prefill = attention.schedules(turn["batch"], turn["queries"])
         kept += points(turn, (prefill or decode).name)
     result["points"] = kept
-    path.write_text(json.dumps(result, indent=1))
+    write(result, path)
     summary(kept)
 
 
@@ -242,7 +251,7 @@ def main() -> None:
         result["points"].extend(rows)
         for row in rows:
             print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1))
+        write(result, arguments.out)
 
     if "accuracy" in arguments.parts:
         add(accuracy())
