@@ -79,6 +79,50 @@ def gemm(report: dict[str, Any], model: str = "Qwen3-8B") -> None:
     save(figure, "gemm")
 
 
+def attention(report: dict[str, Any]) -> None:
+    """Decode in TB/s of KV cache against context, prefill in TFLOP/s; ours and FlashAttention-3's default."""
+    points = [point for point in report["points"] if point["name"].startswith("fa3 default")]
+    memory, compute = LIMITS[report["card"]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    decode: dict[int, list[tuple[int, float, float]]] = {}
+    for point in points:
+        if point["what"].startswith("decode "):
+            batch, keys = (int(number) for number in point["what"].removeprefix("decode ").split(" x "))
+            rate = point["tb_per_s"]
+            decode.setdefault(batch, []).append((keys, rate, rate * point["ours"] / point["peer"]))
+    colours = plt.get_cmap("viridis")
+    for at, (batch, curve) in enumerate(sorted(decode.items())):
+        keys, ours, peer = zip(*sorted(curve), strict=True)
+        colour = colours(0.1 + 0.8 * at / len(decode))
+        axes[0].plot(keys, ours, "-o", color=colour, linewidth=2, markersize=4, label=f"batch {batch}")
+        axes[0].plot(keys, peer, ":", color=colour, linewidth=1.4)
+    axes[0].axhline(memory, color="#999999", linewidth=0.8)
+    axes[0].text(512, memory * 0.985, f"the card's memory, {memory} TB/s", va="top", fontsize=8, color="#666666")
+    title = "decode, TB/s of KV cache (dotted: FlashAttention-3)"
+    axes[0].set(title=title, xscale="log", xlabel="context, tokens", ylim=(0, memory * 1.06))
+    ticks = (512, 2048, 8192, 32768, 131072)
+    axes[0].set_xticks(ticks, [f"{tick // 1024}k" if tick > 1023 else str(tick) for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=8, loc="lower right", frameon=False)
+    prefill = [point for point in points if point["what"].startswith("prefill ")]
+    for at, point in enumerate(prefill):
+        ours = point["tflop_per_s"]
+        for shift, value, colour in ((-0.2, ours, "#0b6e4f"), (0.2, ours * point["ours"] / point["peer"], "#999999")):
+            axes[1].bar(at + shift, value, width=0.38, color=colour)
+            axes[1].text(at + shift, value, f"{value:.0f}", ha="center", va="bottom", fontsize=8)
+    labels = [point["what"].removeprefix("prefill ").replace(" of ", "\nof ") for point in prefill]
+    axes[1].set_xticks(range(len(prefill)), labels, fontsize=8)
+    axes[1].set(title="prefill, TFLOP/s: ours (green), FlashAttention-3 (grey)", ylim=(0, compute * 1.06))
+    axes[1].axhline(compute, color="#999999", linewidth=0.8)
+    axes[1].text(-0.4, compute * 0.985, f"the card's bf16, {compute} TFLOP/s", va="top", fontsize=8, color="#666666")
+    for axis in axes:
+        axis.grid(True, which="major", axis="y", color="#eeeeee")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['card']}, {report['date']}: {report['command']}", fontsize=8, color="#666666")
+    save(figure, "attention")
+
+
 def save(figure: Any, name: str) -> None:
     PLOTS.mkdir(parents=True, exist_ok=True)
     # No date and no random ids in the file: the same results draw the same bytes.
@@ -87,7 +131,7 @@ def save(figure: Any, name: str) -> None:
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "vllm-deterministic"
-    for name, draw in (("gemm", gemm),):
+    for name, draw in (("gemm", gemm), ("attention", attention)):
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             draw(json.loads(path.read_text()))
