@@ -9,11 +9,17 @@ certified calls only, by padding up and by cutting into tiles. Which of them, is
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from vllm_deterministic.kernels import certificates
+from vllm_deterministic.kernels.certificates import Certificate
 
 from vllm_deterministic.errors import CertificationError
 
@@ -23,10 +29,14 @@ __all__ = [
     "Gemm",
     "RowSchedule",
     "certified_row_counts",
+    "certify",
     "hard_rows",
+    "machine",
     "reference",
     "schedule",
 ]
+
+logger = logging.getLogger("vllm.deterministic")
 
 REFERENCE_ROWS = 32
 # Calls of more rows are no faster per row, and every count up to the tile has to be certified. The head of a large
@@ -34,6 +44,12 @@ REFERENCE_ROWS = 32
 MAX_TILE = 128
 MAX_TILE_LARGE = 64
 LARGE_WEIGHT = 4_000_000
+# What the tree is, for certificates. Whatever changes the reference's bits, or the check's strictness, changes this.
+TREE = certificates.digest({"product": "packed library product", "rows": REFERENCE_ROWS, "threads": 1, "data": 1})
+# Row counts up to this are timed: there a product waits for the weight, and some more rows make it faster, not slower.
+TIMED_ROWS = 8
+# While a model is served, a layer's weight comes from memory: the other layers have driven it out of the caches.
+BEYOND_CACHE = 64 * 2**20
 
 # (x [rows, K], y [rows, N]): writes the product into y. The library call under certification, its weight inside.
 Gemm = Callable[[torch.Tensor, torch.Tensor], None]
@@ -150,31 +166,92 @@ def certified_row_counts(gemm: Gemm, x: torch.Tensor, n: int, max_rows: int) -> 
     return tuple(certified)
 
 
-def schedule(gemm: Gemm, x: torch.Tensor, n: int, certified: Sequence[int]) -> RowSchedule:
+def schedule(gemms: Sequence[Gemm], x: torch.Tensor, n: int, certified: Sequence[int]) -> RowSchedule:
     """The fastest way, as timed here, to run each number of rows through a certified count.
 
-    Every candidate gives the same bits, so timing cannot change an answer. Only counts up to 16 are timed: there a call
-    reads the weight and a few rows more are nearly free; above, the next certified count is the fastest.
+    gemms: products with different weights of one shape, more of them than the caches hold; x: rows to time with.
+    Every candidate gives the same bits, so timing cannot change an answer. Above TIMED_ROWS the next certified count is
+    taken.
     """
     counts = sorted(certified)
-    seconds = {count: _seconds(gemm, x[:count], n) for count in counts if count <= 16}
+    seconds = _seconds(gemms, x, n, [count for count in counts if count <= TIMED_ROWS])
     padded = []
     for rows in range(1, counts[-1] + 1):
         nearest = next(count for count in counts if count >= rows)
-        rivals = [count for count in seconds if count > nearest]
-        best = min(rivals, key=seconds.__getitem__, default=nearest)
-        # 10 %: below that the clock of a shared machine decides, and padding costs a copy.
-        faster = nearest in seconds and rivals and seconds[best] < 0.9 * seconds[nearest]
+        best = min((count for count in seconds if count > nearest), key=seconds.__getitem__, default=nearest)
+        # 5 %: below that the clock of a shared machine decides, and padding costs a copy.
+        faster = nearest in seconds and seconds[best] < 0.95 * seconds[nearest]
         padded.append(best if faster else nearest)
     return RowSchedule(tuple(padded))
 
 
-def _seconds(gemm: Gemm, x: torch.Tensor, n: int, repeats: int = 5) -> float:
+def _seconds(
+    gemms: Sequence[Gemm], x: torch.Tensor, n: int, counts: Sequence[int], rounds: int = 5
+) -> dict[int, float]:
+    """Median seconds of one product at each row count, the counts taking turns and each weight read from memory."""
     y = x.new_empty(x.shape[0], n)
-    gemm(x, y)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        gemm(x, y)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(rounds + 1):  # the first round warms up
+        for count, measured in times.items():
+            rows, out = x[:count], y[:count]
+            start = time.perf_counter()
+            for gemm in gemms:
+                gemm(rows, out)
+            measured.append((time.perf_counter() - start) / len(gemms))
+    return {count: sorted(measured[1:])[rounds // 2] for count, measured in times.items()}
+
+
+def machine(libraries: Mapping[str, str]) -> dict[str, str]:
+    """What a product's bits may depend on here: processor, threads, library versions, the libraries' own variables."""
+    info = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0] if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    processor = {name.strip(): value.strip() for name, value in facts.items()}
+    kept = ("model name", "cpu family", "model", "stepping", "microcode", "cache size")
+    return {
+        **{name: processor.get(name, "") for name in kept},
+        "flags": certificates.digest(sorted(processor.get("flags", "").split())),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        **{name: value for name, value in os.environ.items() if name.startswith(("ONEDNN_", "DNNL_"))},
+        **libraries,
+    }
+
+
+def certify(
+    pack: Callable[[torch.Tensor, torch.Tensor | None], Gemm],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    libraries: Mapping[str, str],
+) -> RowSchedule:
+    """The schedule of every layer with a weight of [n, k], from the cached certificate where this machine has one.
+
+    pack: the library's product with a packed weight [n, k] and bias [n]. libraries: versions that the product may
+    depend on. Certified on a weight made here: a checkpoint's may be too tame to tell two trees apart. Raises
+    CertificationError as `certified_row_counts` does.
+    """
+    start = time.perf_counter()
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)).to(dtype)
+    bias = weight[:, 0].contiguous() if has_bias else None
+    gemms = [pack(weight, bias) for _ in range(max(2, BEYOND_CACHE // (weight.nbytes or 1)))]
+    most = max_tile(n, k)
+    x = hard_rows(most + 40, k, dtype)
+    shape = {"n": n, "k": k, "dtype": str(dtype), "bias": has_bias, "max_rows": most}
+    wanted = Certificate("linear", TREE, shape, machine(libraries), {})
+    certificate = certificates.load(wanted.key)
+    if certificate is None:
+        counts = certified_row_counts(gemms[0], x, n, most)
+        seconds = round(time.perf_counter() - start, 3)
+        found = {"library": certificates.intervals(counts)}
+        certificate = dataclasses.replace(wanted, schedules=found, seconds=seconds)
+        certificates.store(certificate)
+    certified = [c for first, last in certificate.schedules["library"] for c in range(first, last + 1)]
+    chosen = schedule(gemms, x, n, certified)
+    missing = sorted(set(range(1, most + 1)) - set(certified))
+    logger.info(
+        "linear %d x %d %s: %d of %d row counts are on the tree%s; 1 to %d rows run as %s (%.1f s, %d threads)",
+        n, k, dtype, len(certified), most, f" (not {missing[:8]})" if missing else "", TIMED_ROWS,
+        list(chosen.padded[:TIMED_ROWS]), time.perf_counter() - start, torch.get_num_threads(),
+    )  # fmt: skip
+    return chosen

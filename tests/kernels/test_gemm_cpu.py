@@ -79,7 +79,7 @@ def test_schedules_stay_on_the_tree(fault: cpu.Gemm) -> None:
     """Any number of rows, run by a library with a fault, gives the reference's bits."""
     x = data()
     certified = cpu.certified_row_counts(fault, x, N, 40)
-    schedule = cpu.schedule(fault, x, N, certified)
+    schedule = cpu.schedule([fault], x, N, certified)
     many = torch.cat([x, x, x])  # more rows than a tile
     expected = cpu.reference(fault, many, N)
     for rows in (0, 1, 2, 7, 8, 9, 31, 39, 40, 41, 79, 100, 144):
@@ -91,9 +91,9 @@ def test_schedules_stay_on_the_tree(fault: cpu.Gemm) -> None:
 
 def test_timing_cannot_change_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     x, certified = data(), tuple(range(8, 41))
-    for clock in (lambda gemm, rows, n: float(rows.shape[0]), lambda gemm, rows, n: -float(rows.shape[0])):
-        monkeypatch.setattr(cpu, "_seconds", clock)
-        got = run(split_k, x[:3], cpu.schedule(split_k, x, N, certified))
+    for sign in (1, -1):
+        monkeypatch.setattr(cpu, "_seconds", lambda gemms, x, n, counts, s=sign: {c: float(s * c) for c in counts})
+        got = run(split_k, x[:3], cpu.schedule([split_k], x, N, certified))
         assert torch.equal(got, cpu.reference(split_k, x, N)[:3])
 
 
@@ -110,10 +110,10 @@ def test_vllms_onednn_product_on_the_tree(dtype: torch.dtype, threads: int) -> N
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        _, gemm = linear.packed_product(weight(dtype), None)
+        gemm = linear.packed_product(weight(dtype), None)
         x = cpu.hard_rows(cpu.MAX_TILE + 40, K, dtype)
         certified = cpu.certified_row_counts(gemm, x, N, 64)
-        schedule = cpu.schedule(gemm, x, N, certified)
+        schedule = cpu.schedule([gemm], x, N, certified)
         expected = cpu.reference(gemm, x, N)
         exact = x.double() @ weight(dtype).double().T
         for rows in (1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 65, 150):
@@ -122,7 +122,7 @@ def test_vllms_onednn_product_on_the_tree(dtype: torch.dtype, threads: int) -> N
             assert torch.equal(got.isnan(), expected[:rows].isnan())
         # Integers are exact in every order; a normal row is within n * eps of sum |x||w| of the f64 product.
         whole = (weight(torch.float32) * 2).round()
-        _, exactly = linear.packed_product(whole.to(dtype), None)
+        exactly = linear.packed_product(whole.to(dtype), None)
         integers = x[torch.arange(len(x)) % 6 == 4]
         assert torch.equal(cpu.reference(exactly, integers, N), (integers.double() @ whole.double().T).to(dtype))
         normal = torch.arange(len(x)) % 6 == 0
