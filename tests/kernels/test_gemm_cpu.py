@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from vllm_deterministic.kernels.gemm import cpu  # noqa: E402
+from vllm_deterministic.kernels.gemm import cpu, rows  # noqa: E402
 
 from vllm_deterministic.errors import CertificationError  # noqa: E402
 
@@ -65,7 +71,7 @@ def test_split_k_is_caught() -> None:
 
 
 def test_rows_at_another_position_are_caught() -> None:
-    assert all(rows % 2 == 0 for rows in cpu.certified_row_counts(position_dependent, data(), N, 40))
+    assert all(count % 2 == 0 for count in cpu.certified_row_counts(position_dependent, data(), N, 40))
 
 
 def test_a_nan_that_leaks_is_caught() -> None:
@@ -82,9 +88,9 @@ def test_schedules_stay_on_the_tree(fault: cpu.Gemm) -> None:
     schedule = cpu.schedule([fault], x, N, certified)
     many = torch.cat([x, x, x])  # more rows than a tile
     expected = cpu.reference(fault, many, N)
-    for rows in (0, 1, 2, 7, 8, 9, 31, 39, 40, 41, 79, 100, 144):
-        got = run(fault, many[:rows], schedule)
-        assert torch.equal(got.nan_to_num(), expected[:rows].nan_to_num())
+    for count in (0, 1, 2, 7, 8, 9, 31, 39, 40, 41, 79, 100, 144):
+        got = run(fault, many[:count], schedule)
+        assert torch.equal(got.nan_to_num(), expected[:count].nan_to_num())
     # The control: without the schedule the fault shows.
     assert not torch.equal(run(fault, x[5:6]), expected[5:6])
 
@@ -95,6 +101,103 @@ def test_timing_cannot_change_an_answer(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(cpu, "_seconds", lambda gemms, x, n, counts, s=sign: {c: float(s * c) for c in counts})
         got = run(split_k, x[:3], cpu.schedule([split_k], x, N, certified))
         assert torch.equal(got, cpu.reference(split_k, x, N)[:3])
+
+
+@pytest.fixture(scope="module")
+def faulty_product() -> str:
+    """split_k as an operator with the signature of a library's packed product."""
+    library = torch.library.Library("vllm_deterministic_test", "FRAGMENT")
+    library.define("split_k(Tensor! y, Tensor x, Tensor? bias, Tensor weight) -> ()")
+    library.impl("split_k", lambda y, x, bias, weight: split_k(x, y), "CPU")
+    _libraries.append(library)
+    return "vllm_deterministic_test::split_k"
+
+
+_libraries: list[torch.library.Library] = []
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "python"])
+def test_the_operator_runs_the_schedule(native: bool, faulty_product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms give the reference's bits for any number of rows, and refuse the number of another weight."""
+    assert rows.compiled(), "a C++ compiler is there, so the operator must be the compiled one"
+    operator = torch.ops.vllm_deterministic.cpu_linear
+    if not native:
+        monkeypatch.setattr(rows, "compiled", lambda: False)
+        operator = rows._in_python
+    x = data()
+    schedule = cpu.schedule([split_k], x, N, cpu.certified_row_counts(split_k, x, N, 40))
+    number = rows.add_schedule(faulty_product, N, K, schedule)
+    packed = torch.zeros(1, dtype=torch.int64)
+    many = torch.cat([x, x, x])
+    expected = cpu.reference(split_k, many, N)
+    for count in (0, 1, 2, 7, 8, 9, 40, 41, 79, 144):
+        y = torch.empty(count, N)
+        operator(y, many[:count], None, packed, number)
+        assert torch.equal(y.nan_to_num(), expected[:count].nan_to_num())
+    every_other = many.repeat_interleave(2, 0)[::2]  # rows that do not lie one after another
+    y = torch.empty(3, N)
+    operator(y, every_other[:3], None, packed, number)
+    assert torch.equal(y, expected[:3])
+    with pytest.raises(RuntimeError, match=rf"schedule {number} is of weights \[96, 1536\]"):
+        operator(torch.empty(1, N + 1), many[:1], None, packed, number)
+
+
+def test_without_a_compiler_the_bits_are_the_same(tmp_path: Path) -> None:
+    """The operator runs from Python, with a warning; shown in a process of its own, since one process has one form."""
+    program = """
+import logging; logging.basicConfig()
+from vllm_deterministic.kernels.gemm import rows
+print(rows.compiled())
+"""
+    environ = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+    assert "Is g++ installed (or CXX set)?" in done.stderr
+
+
+def counting(calls: list[int]) -> Callable[[torch.Tensor, torch.Tensor | None], cpu.Gemm]:
+    def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> cpu.Gemm:
+        def gemm(x: torch.Tensor, y: torch.Tensor) -> None:
+            calls.append(x.shape[0])
+            y.copy_(product(x, weight))
+
+        return gemm
+
+    return pack
+
+
+def test_a_certificate_is_kept_and_a_broken_cache_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "BEYOND_CACHE", 0)
+    monkeypatch.setattr(cpu, "_seconds", lambda gemms, x, n, counts: dict.fromkeys(counts, 1.0))
+
+    def calls(**libraries: str) -> int:
+        made: list[int] = []
+        schedule = cpu.certify(counting(made), 8, 64, torch.float32, False, {"library": "1", **libraries})
+        assert schedule.padded == tuple(range(1, 129))
+        return len(made)
+
+    monkeypatch.setenv("VLLM_DETERMINISTIC_CACHE", str(tmp_path))
+    assert calls() > 128
+    assert calls() == 0
+    assert calls(library="2") > 128  # another version of the library is another machine
+    for file in (tmp_path / "certificates").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert calls() > 128
+    assert "certifying again" in caplog.text
+    assert calls() == 0
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_DETERMINISTIC_CACHE", str(tmp_path / "file"))
+    assert calls() > 128
+    assert "certificates are not kept" in caplog.text
+
+
+def test_the_machine_names_what_bits_may_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cpu.machine({"vllm": "1"})
+    assert plain != cpu.machine({"vllm": "2"})
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert plain != cpu.machine({"vllm": "1"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -116,10 +219,10 @@ def test_vllms_onednn_product_on_the_tree(dtype: torch.dtype, threads: int) -> N
         schedule = cpu.schedule([gemm], x, N, certified)
         expected = cpu.reference(gemm, x, N)
         exact = x.double() @ weight(dtype).double().T
-        for rows in (1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 65, 150):
-            got = run(gemm, x[:rows], schedule)
-            assert torch.equal(got.nan_to_num(), expected[:rows].nan_to_num())
-            assert torch.equal(got.isnan(), expected[:rows].isnan())
+        for count in (1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 65, 150):
+            got = run(gemm, x[:count], schedule)
+            assert torch.equal(got.nan_to_num(), expected[:count].nan_to_num())
+            assert torch.equal(got.isnan(), expected[:count].isnan())
         # Integers are exact in every order; a normal row is within n * eps of sum |x||w| of the f64 product.
         whole = (weight(torch.float32) * 2).round()
         exactly = linear.packed_product(whole.to(dtype), None)

@@ -74,6 +74,9 @@ def configure(folder: Path, plugins: str, cases: list[tuple[dict, dict, str]]) -
 ON = {"additional_config": {"vllm_deterministic": True}}
 REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({"tensor_parallel_size": 2}, {}, "tensor parallelism"),
+    ({"pipeline_parallel_size": 2}, {}, "pipeline parallelism"),
+    ({"decode_context_parallel_size": 2}, {}, "context parallelism"),
+    ({"kv_transfer_config": {"kv_connector": "Any", "kv_role": "kv_both"}}, {}, "KV connector"),
     ({"enable_lora": True}, {}, "LoRA"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, {}, "speculative decoding"),
     ({"quantization": "fp8"}, {}, "quantised model"),
