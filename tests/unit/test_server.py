@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -33,7 +34,9 @@ def instead_of_vllm(monkeypatch, tmp_path):
         monkeypatch.setattr(
             module.subprocess,
             "Popen",
-            lambda command, **options: popen([sys.executable, str(script), *command[3:]], **options),
+            lambda command, **options: popen(
+                [sys.executable, str(script), *command[3:]] if "serve" in command else command, **options
+            ),
         )
 
     return install
@@ -67,6 +70,33 @@ def test_serves_and_leaves_no_process_behind(instead_of_vllm, tmp_path):
         time.sleep(0.05)
     assert not _alive(child)
     server.stop()
+
+
+OWNER = """
+import os, sys
+from vllm_deterministic.verify import server as module
+popen = module.subprocess.Popen
+def stand_in(command, **options):
+    return popen([sys.executable, sys.argv[1], *command[3:]] if "serve" in command else command, **options)
+module.subprocess.Popen = stand_in
+with module.serve("model", log=sys.argv[2]) as server:
+    print(server.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_owner_takes_its_server_along(tmp_path):
+    """kill -9 leaves no chance to clean up."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(READY)
+    command = [sys.executable, "-c", OWNER, str(script), str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    pids = int(done.stdout), int((tmp_path / "log").read_text().split()[1])
+    deadline = time.monotonic() + 15
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_alive, pids))
 
 
 def test_death_at_start_shows_the_log(instead_of_vllm):

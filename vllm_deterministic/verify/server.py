@@ -131,10 +131,38 @@ def serve(
         )
     server = Server(process, port, _served_name(str(model), cli_args), path)
     try:
-        _wait_until_ready(server, timeout)
-        yield server
+        with _watchdog(process.pid):
+            _wait_until_ready(server, timeout)
+            yield server
     finally:
         server.stop()
+
+
+# Reads until the other end of its pipe is gone, however that came about, and then ends the server's process group.
+_WATCHDOG = """
+import os, signal, sys, time
+sys.stdin.buffer.read()
+for number, grace in ((signal.SIGTERM, 20), (signal.SIGKILL, 0)):
+    try:
+        os.killpg(int(sys.argv[1]), number)
+    except ProcessLookupError:
+        break
+    time.sleep(grace)
+"""
+
+
+@contextlib.contextmanager
+def _watchdog(group: int) -> Iterator[None]:
+    """Ends the process group if this process dies inside the block without a chance to do it itself (kill -9)."""
+    command = [sys.executable, "-I", "-S", "-c", _WATCHDOG, str(group)]
+    dog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        dog.kill()  # before its pipe is closed: from here on this process ends the server
+        dog.wait()
+        if dog.stdin is not None:
+            dog.stdin.close()
 
 
 def _served_name(model: str, cli_args: tuple[str, ...]) -> str:
