@@ -27,6 +27,7 @@ LONG_PROMPT = STORY * 3 + STORY[: STORY.index(", the priest")]
 VARIANTS = {
     "small": ("--num-gpu-blocks-override", "17"),
     "random": ("--deterministic-unseeded", "random"),
+    "twofronts": ("--api-server-count", "2"),
 }
 
 
