@@ -28,6 +28,16 @@ MODEL = {
     "torch_dtype": "bfloat16",
 }
 
+OTHER_MODELS = {
+    "experts": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "quantised": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+}
+
 # Runs the configuration step for each case, and says what came of it and which operator or request seams are replaced.
 PROGRAM = """
 import json, os, sys
@@ -35,7 +45,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_deterministic import compat
 SEAMS = {**compat.CPU_SEAMS, **compat.REQUEST_SEAMS}
 def run(options, env, sabotage):
-    args = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, **options)
+    folder = os.path.join(sys.argv[1], options.pop("model", ""))
+    args = EngineArgs(model=folder, skip_tokenizer_init=True, **options)
     os.environ.update(env)
     owner, last = compat.CPU_SEAMS[sabotage].holder() if sabotage else (None, None)
     whole = owner and getattr(owner, last)
@@ -61,7 +72,9 @@ print(json.dumps([run(*case) for case in json.load(sys.stdin)]))
 
 
 def configure(folder: Path, plugins: str, cases: list[tuple[dict, dict, str]]) -> list[dict]:  # type: ignore[type-arg]
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    for name, changes in {"": {}, **OTHER_MODELS}.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps({**MODEL, **changes}))
     environ = {**os.environ, "VLLM_PLUGINS": plugins, "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder)],
@@ -84,6 +97,8 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({"dtype": "float16"}, {}, "float16"),
     ({"block_size": 64}, {}, "--block-size"),
     ({"hf_overrides": {"architectures": ["MixtralForCausalLM"]}}, {}, "--hf-overrides"),
+    ({"model": "experts"}, {}, "a mixture-of-experts model"),
+    ({"model": "quantised"}, {}, "quantization fp8"),
     ({}, {"VLLM_BATCH_INVARIANT": "1"}, "Unset VLLM_BATCH_INVARIANT"),
     ({}, {"VLLM_CPU_ATTN_SPLIT_KV": "1"}, "Unset VLLM_CPU_ATTN_SPLIT_KV"),
     ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, "Unset VLLM_USE_RUST_FRONTEND"),
