@@ -87,7 +87,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
         "disable_log_stats aggregate_engine_logging enable_log_requests show_hidden_metrics_for_version "
         "otlp_traces_endpoint collect_detailed_traces kv_cache_metrics kv_cache_metrics_sample cudagraph_metrics "
         "custom_histogram_buckets enable_mfu_metrics enable_logging_iteration_details logging_config log_level "
-        "log_config_file fail_on_environ_validation".split(),
+        "log_config_file fail_on_environ_validation profiler_config".split(),
         ANY,
     ),
 }

@@ -54,6 +54,8 @@ def run(options, env, sabotage):
         delattr(owner, last)
     try:
         config = args.create_engine_config()
+        # A second API server gets the arguments as the first pass left them, with what vLLM itself changed in them.
+        config = args.create_engine_config()
     except Exception as error:
         return {"error": type(error).__name__ + ": " + str(error)}
     finally:
