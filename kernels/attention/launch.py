@@ -127,10 +127,14 @@ class Attention:
             raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
         return decode[0], prefill[0] if max_query > few else None
 
+    def slots(self, decode: Decode) -> int:
+        """How many pieces a KV head's work is cut into."""
+        return max(decode.per_sm * self.multiprocessors // self.heads.kv, 1)
+
     def plan(self, batch: int, tokens: int, max_query: int, decode: Decode, prefill: Prefill | None) -> Plan:
         """Empty work lists for a padded batch: `batch` sequences, `tokens` query tokens, at most `max_query` in one."""
         few = self.few(max_query)
-        slots = max(decode.per_sm * self.multiprocessors // self.heads.kv, 1)
+        slots = self.slots(decode)
         block = prefill.rows if prefill else 128
         capacity = _SCRATCH_SPLITS // few
         return Plan.empty(batch, tokens, few=few, block=block, slots=slots, capacity=capacity, device=self.device)

@@ -7,6 +7,7 @@ so that the card is evenly full; longer ones into blocks of query tokens for the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,11 @@ class Plan:
             batch, tokens, few, block, slots, capacity,
             table(slots + batch, 4), table(tokens // block + batch, 2), table(batch, 4), table(1, 2)[0],
         )  # fmt: skip
+
+    def part(self, batch: int, tokens: int, slots: int) -> Plan:
+        """The same lists for a smaller padded batch: a graph captured for one size and one for another share memory."""
+        pieces, blocks = self.pieces[: slots + batch], self.blocks[: tokens // self.block + batch]
+        return dataclasses.replace(self, batch=batch, tokens=tokens, slots=slots, pieces=pieces, blocks=blocks)
 
     def fill(self, query_start: torch.Tensor, kv_len: torch.Tensor, split: int, window: int) -> None:
         """Reads the lengths on the device. query_start: [batch + 1], kv_len: [batch]; both int32. A padding sequence

@@ -1,0 +1,212 @@
+"""vLLM's attention backend on one tree: prefills, chunks and decodes of one batch, under full CUDA graphs.
+
+Nothing that a captured graph does depends on the host's lengths: grids follow padded sizes, the work lists are
+written on the device at every step, before the graph runs, into the memory that it was captured with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+
+from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.kernels.attention.launch import FEW_MAX, Attention, Batch, Cache, Scratch
+from vllm_deterministic.kernels.attention.plan import Plan
+from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
+from vllm_deterministic.kernels.attention.store import store
+from vllm_deterministic.kernels.attention.tree import HEAD_SIZES, tree_for
+
+__all__ = ["OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm"]
+
+PAGE = 128  # slots: whole tiles of every head size
+# Scratch between two kernels of one layer; layers of one shape run one after the other.
+_scratch: dict[tuple[torch.device, int, int], Scratch] = {}
+
+
+def arm() -> None:
+    """Registers the backend as vLLM's CUSTOM one, in this process. Idempotent."""
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.OneTreeBackend")
+
+
+def _shared_scratch(device: torch.device, heads: int, size: int) -> Scratch:
+    key = (device, heads, size)
+    if key not in _scratch:
+        _scratch[key] = Scratch.empty(heads, size, device)
+    return _scratch[key]
+
+
+@dataclass
+class OneTreeMetadata(AttentionMetadata):
+    """One step's batch, for all layers of a group. Tensors are vLLM's persistent ones, padded."""
+
+    num_actual_tokens: int
+    query_start: torch.Tensor
+    kv_len: torch.Tensor
+    page_table: torch.Tensor
+    plan: Plan
+    decode: Decode
+    prefill: Prefill | None
+
+
+class OneTreeBackend(AttentionBackend):
+    """Pages of 128 slots; bf16 and fp16; causal, with sliding window, sinks and softcap."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [PAGE]
+
+    @staticmethod
+    def get_impl_cls() -> type[OneTreeImpl]:
+        return OneTreeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[OneTreeBuilder]:
+        return OneTreeBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return bool(capability.major >= 8)
+
+
+class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
+    """Writes each step's work lists on the device."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        query_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        if query_heads is None:
+            query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        heads = Heads(query_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size)
+        # A plan reads the tree's split and window only, which a group's layers share.
+        tree = tree_for(kv_cache_spec.head_size, window=getattr(kv_cache_spec, "sliding_window", None) or 0)
+        scratch = _shared_scratch(device, query_heads, kv_cache_spec.head_size)
+        self.attention = Attention(tree, heads, device, scratch)
+        scheduler = vllm_config.scheduler_config
+        largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        # One plan for graphs of every kind: few, block and memory do not depend on the batch.
+        self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *self.attention.schedules(1, FEW_MAX + 1))
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> OneTreeMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise UnsupportedError("attention that is not causal is not covered by --deterministic")
+        decode, prefill = self.attention.schedules(common.num_reqs, FEW_MAX + 1)
+        slots = min(self.attention.slots(decode), self.plan.slots)
+        plan = self.plan.part(common.num_reqs, common.num_actual_tokens, slots)
+        tree = self.attention.tree
+        plan.fill(common.query_start_loc, common.seq_lens, tree.split, tree.window)
+        # A graph captured for one token a sequence is replayed for such batches alone.
+        only_decodes = common.max_query_len <= plan.few
+        return OneTreeMetadata(
+            common.num_actual_tokens, common.query_start_loc, common.seq_lens, common.block_table_tensor, plan, decode,
+            None if only_decodes else prefill,
+        )  # fmt: skip
+
+
+class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
+    """One layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        asked = {"alibi_slopes": alibi_slopes, **others}
+        unknown = sorted(name for name, value in asked.items() if value not in (None, False, -1))
+        if attn_type != AttentionType.DECODER or unknown:
+            raise UnsupportedError(f"attention of type {attn_type} with {unknown} is not covered by --deterministic")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        window = sliding_window or 0
+        self.tree = tree_for(head_size, scale, softcap=logits_soft_cap or 0.0, window=window, sink=sinks is not None)
+        self._attention: Attention | None = None
+
+    def _cache(self, kv_cache: torch.Tensor) -> Cache:
+        pages = kv_cache.transpose(1, 2)
+        return Cache(pages[..., : self.head_size], pages[..., self.head_size :])
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        tokens = slot_mapping.shape[0]
+        store(key[:tokens], value[:tokens], self._cache(kv_cache), slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: OneTreeMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query: [tokens, heads, head size]. kv_cache: [pages, kv heads, slots, 2 * head size], of any strides."""
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("quantised attention output is not covered by --deterministic")
+        if attn_metadata is None:  # profiling
+            return output.fill_(0)
+        if self._attention is None:
+            heads = Heads(self.num_heads, self.num_kv_heads, kv_cache.shape[2])
+            scratch = _shared_scratch(query.device, self.num_heads, self.head_size)
+            self._attention = Attention(self.tree, heads, query.device, scratch)
+        step, shape = attn_metadata, (attn_metadata.num_actual_tokens, self.num_heads, self.head_size)
+        q, out = query[: shape[0]].view(shape), output[: shape[0]].view(shape)
+        batch = Batch(q, out, step.page_table, step.query_start, step.kv_len, step.plan, self.sinks)
+        self._attention.run(batch, self._cache(kv_cache), step.decode, step.prefill)
+        return output
