@@ -13,18 +13,21 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import triton
 
 from vllm_deterministic.errors import CertificationError
 
+from .. import certificates
 from ..certificates import Certificate
 from .launch import FEW_MAX, Attention, Batch, Cache
 from .reference import exact
 from .schedules import DECODE, PREFILL, REFERENCE, Decode, Prefill
 from .tree import Tree
 
-__all__ = ["KINDS", "Sequences", "certify", "edges"]
+__all__ = ["KINDS", "Sequences", "certify", "edges", "machine", "prepare"]
 
 KINDS = ("normal", "heavy", "cancelling", "poison")
 _STALE = 3e4  # finite, and would be seen
@@ -163,14 +166,52 @@ def _cuts(sequences: Sequences, rng: random.Random) -> Iterable[list[Stretch]]:
         yield batch
 
 
+def machine(device: torch.device | str) -> dict[str, str]:
+    """What the bits of a schedule may depend on: the card, what compiles for it, and the sources here."""
+    properties = torch.cuda.get_device_properties(device)
+    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return {
+        "card": properties.name,
+        "uuid": str(properties.uuid),
+        "driver": str(torch._C._cuda_getDriverVersion()),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": certificates.digest(sources),
+    }
+
+
+def prepare(attention: Attention, dtype: torch.dtype, longest: int) -> Certificate:
+    """This machine's certificate, cached or made now; `attention` may run what it names from here on.
+
+    Raises CertificationError where no decode or no prefill schedule is on the tree.
+    """
+    wanted = Certificate(
+        "attention", attention.tree.digest, _shape(attention, dtype, longest), machine(attention.device), {}
+    )
+    found = certificates.load(wanted.key)
+    if found is None:
+        found = certify(attention, dtype, longest, wanted.machine)
+        certificates.store(found)
+    attention.allowed = set(found.schedules)
+    return found
+
+
+def _shape(attention: Attention, dtype: torch.dtype, longest: int) -> dict[str, int | str]:
+    heads = attention.heads
+    return {
+        "query_heads": heads.query, "kv_heads": heads.kv, "page": heads.page, "dtype": str(dtype), "longest": longest,
+    }  # fmt: skip
+
+
 def certify(
     attention: Attention,
     dtype: torch.dtype,
     longest: int,
-    machine: Mapping[str, str],
+    on: Mapping[str, str],
     sizes: Iterable[int] = (1, 2, 8, 33, 64),
 ) -> Certificate:
-    """Runs every eligible schedule against the reference, contexts up to `longest`; sizes: decode batches.
+    """Runs every eligible schedule against the reference, contexts up to `longest`. on: the machine. sizes: decode
+    batches.
 
     Raises CertificationError where no decode or no prefill schedule is left.
     """
@@ -216,5 +257,5 @@ def certify(
     for family in (DECODE, PREFILL):
         if not any(schedule.name in schedules for schedule in family):
             raise CertificationError(f"no schedule gives the bits of {tree} for {heads}: {dropped}")
-    shape = {"query_heads": heads.query, "kv_heads": heads.kv, "page": heads.page, "dtype": str(dtype)}
-    return Certificate("attention", tree.digest, shape, machine, schedules, dropped, time.perf_counter() - began)
+    shape, seconds = _shape(attention, dtype, longest), time.perf_counter() - began
+    return Certificate("attention", tree.digest, shape, on, schedules, dropped, seconds)

@@ -20,7 +20,7 @@ from vllm_deterministic.kernels.attention.store import store  # noqa: E402
 from vllm_deterministic.errors import UnsupportedError  # noqa: E402
 from vllm_deterministic.integration import attention as backend  # noqa: E402
 
-HEADS, KV_HEADS, SIZE, PAGE = 6, 2, 64, 128
+HEADS, KV_HEADS, SIZE, PAGE = 6, 2, 64, 32
 
 
 def kv_cache(pages: int, layout: str, fill: float = float("nan")) -> torch.Tensor:
@@ -46,10 +46,10 @@ def test_steps_of_a_serving_engine_give_the_exact_answer(layout: str) -> None:
     cache = kv_cache(6, layout)
     table = torch.tensor([[5, 2], [1, 4]], dtype=torch.int32)
     data = [
-        tuple(torch.randn(200, n, SIZE, generator=generator).half() for n in (HEADS, KV_HEADS, KV_HEADS))
+        tuple(torch.randn(50, n, SIZE, generator=generator).half() for n in (HEADS, KV_HEADS, KV_HEADS))
         for _ in range(2)
     ]
-    steps = [[(0, 0, 100)], [(0, 100, 150), (1, 0, 30)], [(0, 150, 151), (1, 30, 31)], [(0, 151, 152), (1, 31, 32)]]
+    steps = [[(0, 0, 20)], [(0, 20, 45), (1, 0, 9)], [(0, 45, 46), (1, 9, 10)], [(0, 46, 47), (1, 10, 11)]]
     for step in steps:
         lengths = [end - first for _, first, end in step]
         q, k, v = (torch.cat([data[i][part][a:b] for i, a, b in step]) for part in range(3))
@@ -61,7 +61,7 @@ def test_steps_of_a_serving_engine_give_the_exact_answer(layout: str) -> None:
         common = CommonAttentionMetadata(
             query_start_loc=start, query_start_loc_cpu=start, num_reqs=len(step), num_actual_tokens=len(q),
             seq_lens=torch.tensor([end for _, _, end in step], dtype=torch.int32), max_query_len=max(lengths),
-            max_seq_len=200, block_table_tensor=rows, slot_mapping=slots,
+            max_seq_len=64, block_table_tensor=rows, slot_mapping=slots,
         )  # fmt: skip
         metadata = builder.build(0, common)
         impl.do_kv_cache_update(None, k, v, cache, slots)
@@ -79,14 +79,14 @@ def test_values_behind_a_sequence_are_cleared_once_and_never_another_s() -> None
     whole = Cache(pages[..., :SIZE], pages[..., SIZE:])
     k = torch.ones(5, KV_HEADS, SIZE, dtype=torch.float16)
     # Three tokens open page 1; two continue page 2, which someone else's step opened.
-    store(k, k, whole, torch.tensor([128, 129, 130, 256 + 7, 256 + 8]))
+    store(k, k, whole, torch.tensor([PAGE, PAGE + 1, PAGE + 2, 2 * PAGE + 7, 2 * PAGE + 8]))
     assert bool((whole.v[1, :3] == 1).all())
     assert bool((whole.v[1, 3:] == 0).all())
     assert bool(whole.v[2, :7].isnan().all())
     assert bool(whole.v[2, 9:].isnan().all())
     assert bool(whole.v[0].isnan().all())
     whole.v[1, 3:] = 9.0
-    store(k[:1], k[:1], whole, torch.tensor([131]))
+    store(k[:1], k[:1], whole, torch.tensor([PAGE + 3]))
     assert bool((whole.v[1, 4:] == 9).all()), "a page is cleared when it is opened, not at every step"
 
 
@@ -96,7 +96,7 @@ def test_the_backend_is_what_vllm_asks_for() -> None:
     found = AttentionBackendEnum.CUSTOM.get_class()
     assert found is backend.OneTreeBackend
     assert found.get_builder_cls().get_cudagraph_support(None, None) is AttentionCGSupport.ALWAYS
-    assert found.get_preferred_block_size(16) == PAGE
+    assert found.get_preferred_block_size(16) == backend.PAGE == 128
     assert found.supports_head_size(128)
     assert not found.supports_head_size(96)
 

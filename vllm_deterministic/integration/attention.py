@@ -6,6 +6,7 @@ written on the device at every step, before the graph runs, into the memory that
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,20 +19,28 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
-from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.errors import CertificationError, UnsupportedError
+from vllm_deterministic.kernels.attention import certify
 from vllm_deterministic.kernels.attention.launch import FEW_MAX, Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.plan import Plan
 from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
 from vllm_deterministic.kernels.attention.store import store
-from vllm_deterministic.kernels.attention.tree import HEAD_SIZES, tree_for
+from vllm_deterministic.kernels.attention.tree import HEAD_SIZES, Tree, tree_for
 
-__all__ = ["OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm"]
+__all__ = ["OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certify_model"]
+
+logger = logging.getLogger("vllm.deterministic")
 
 PAGE = 128  # slots: whole tiles of every head size
+# Contexts that schedules are certified to. Longer ones repeat the same splits.
+CERTIFIED_CONTEXT = 8192 + 17
+# (head size, window, heads) -> the schedules that every layer of such a group may run.
+_allowed: dict[tuple[int, int, Heads], set[str]] = {}
 # Scratch between two kernels of one layer; layers of one shape run one after the other.
 _scratch: dict[tuple[torch.device, int, int], Scratch] = {}
 
@@ -46,6 +55,32 @@ def _shared_scratch(device: torch.device, heads: int, size: int) -> Scratch:
     if key not in _scratch:
         _scratch[key] = Scratch.empty(heads, size, device)
     return _scratch[key]
+
+
+def _attention(tree: Tree, heads: Heads, device: torch.device) -> Attention:
+    """Raises CertificationError on a card whose schedules were not certified for this shape."""
+    scratch = _shared_scratch(device, heads.query, tree.head_size)
+    allowed = _allowed.get((tree.head_size, tree.window, heads))
+    if allowed is None and device.type == "cuda":
+        raise CertificationError(f"attention of {tree} with {heads} was not certified before it ran")
+    return Attention(tree, heads, device, scratch, allowed)
+
+
+def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int, device: torch.device) -> None:
+    """Certifies every attention layer's tree and shape on this card. Raises CertificationError: then no server
+    starts."""
+    layers = {
+        (layer.tree, Heads(layer.num_heads, layer.num_kv_heads, PAGE))
+        for layer in (getattr(module, "impl", None) for module in model.modules())
+        if isinstance(layer, OneTreeImpl)
+    }
+    for tree, heads in layers:
+        attention = Attention(tree, heads, device, _shared_scratch(device, heads.query, tree.head_size))
+        found = certify.prepare(attention, dtype, min(max_model_len, CERTIFIED_CONTEXT))
+        logger.info("attention %s: certified %s, dropped %s", heads, sorted(found.schedules), sorted(found.dropped))
+        key = (tree.head_size, tree.window, heads)
+        _allowed[key] = set(found.schedules) & _allowed.get(key, set(found.schedules))
+    torch.cuda.empty_cache()  # what certification used must not count against the KV cache
 
 
 @dataclass
@@ -72,7 +107,7 @@ class OneTreeBackend(AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [PAGE]
 
     @staticmethod
@@ -117,8 +152,7 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         heads = Heads(query_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size)
         # A plan reads the tree's split and window only, which a group's layers share.
         tree = tree_for(kv_cache_spec.head_size, window=getattr(kv_cache_spec, "sliding_window", None) or 0)
-        scratch = _shared_scratch(device, query_heads, kv_cache_spec.head_size)
-        self.attention = Attention(tree, heads, device, scratch)
+        self.attention = _attention(tree, heads, device)
         scheduler = vllm_config.scheduler_config
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         # One plan for graphs of every kind: few, block and memory do not depend on the batch.
@@ -203,8 +237,7 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
             return output.fill_(0)
         if self._attention is None:
             heads = Heads(self.num_heads, self.num_kv_heads, kv_cache.shape[2])
-            scratch = _shared_scratch(query.device, self.num_heads, self.head_size)
-            self._attention = Attention(self.tree, heads, query.device, scratch)
+            self._attention = _attention(self.tree, heads, query.device)
         step, shape = attn_metadata, (attn_metadata.num_actual_tokens, self.num_heads, self.head_size)
         q, out = query[: shape[0]].view(shape), output[: shape[0]].view(shape)
         batch = Batch(q, out, step.page_table, step.query_start, step.kv_len, step.plan, self.sinks)
