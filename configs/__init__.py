@@ -1,1 +1,17 @@
 """Frozen numerics versions, schedule tables per card, and serve presets."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+__all__ = ["numerics"]
+
+
+def numerics(version: str) -> dict[str, Any]:
+    """The trees of a numerics version: device -> operator -> what is added to what, in which order, rounded when.
+
+    Raises FileNotFoundError for a version that does not exist.
+    """
+    return tomllib.loads(files(__name__).joinpath(f"numerics/{version}.toml").read_text())

@@ -20,6 +20,7 @@ __all__ = [
     "GPU_SEAMS",
     "REQUEST_SEAMS",
     "SUPPORTED",
+    "WIRE_SEAMS",
     "Seam",
     "install",
     "probe",
@@ -103,6 +104,13 @@ CPU_SEAMS = {
         "which of equal logprobs is named first depends on how many the neighbours ask for",
         "vLLM breaks ties by token id",
     ),
+    "weights": Seam(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader.get_all_weights",
+        ("self", "model_config", "model"),
+        "the fingerprint names the weights: they are hashed on their way into the model",
+        "vLLM names its weights",
+    ),
 }
 _ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
 GPU_SEAMS = {
@@ -179,6 +187,29 @@ REQUEST_SEAMS = {
         ("self", "max_tokens", "default_sampling_params"),
         "refuses beam search before its stream has begun",
         "beam search is proved",
+    ),
+}
+WIRE_SEAMS = {
+    "init_app_state": Seam(
+        "vllm.entrypoints.launchers.api_server.entry",
+        "init_app_state",
+        ("engine_client", "state", "args", "supported_tasks"),
+        "the fingerprint is known when the engine is up, and must be before the first route answers",
+        "an endpoint plugin is loaded without being named in VLLM_PLUGINS, and before the serving classes are made",
+    ),
+    "generate": Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        ("self", "prompt", "sampling_params", "request_id"),
+        "a receipt is made of every token and logprob as the engine gives it",
+        "vLLM offers to watch a request's outputs",
+    ),
+    "chat_template": Seam(
+        "transformers.utils.chat_template_utils",
+        "_compile_jinja_template",
+        ("chat_template",),
+        "a chat template may put today's date into the prompt",
+        "transformers lets a caller say what day it is",
     ),
 }
 

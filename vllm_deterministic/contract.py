@@ -6,6 +6,7 @@ hashes into its compile-cache key.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,12 +27,14 @@ class Settings:
     numerics: name of the frozen reduction trees.
     unseeded: what a request at T > 0 without a seed gets. "derived": a seed computed from its own content and the
         server's --seed, so identical requests give identical answers. "random": a fresh seed, returned with the answer.
+    date: the day (YYYY-MM-DD) that chat templates see; without it a template that asks for the day is refused.
 
     Raises ConfigurationError for a value that does not exist.
     """
 
     numerics: str = "v1"
     unseeded: str = "derived"
+    date: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -42,10 +45,18 @@ class Settings:
                 raise ConfigurationError(
                     f"--deterministic-{name}: {value!r} does not exist; this version knows {', '.join(known)}"
                 )
+        if self.date is not None:
+            try:
+                day = datetime.date.fromisoformat(self.date).isoformat()
+            except (TypeError, ValueError):
+                day = None
+            if day != self.date:
+                raise ConfigurationError(f"--deterministic-date: {self.date!r} is no day; write it as YYYY-MM-DD")
 
     def merged_into(self, additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
         """A new additional_config that holds these settings beside what the user put there."""
-        return {**(additional_config or {}), CONFIG_KEY: asdict(self)}
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**(additional_config or {}), CONFIG_KEY: said}
 
     @classmethod
     def of(cls, additional_config: object) -> Settings | None:
@@ -65,7 +76,11 @@ class Settings:
 
 
 def enable(
-    additional_config: Mapping[str, Any] | None = None, *, numerics: str = "v1", unseeded: str = "derived"
+    additional_config: Mapping[str, Any] | None = None,
+    *,
+    numerics: str = "v1",
+    unseeded: str = "derived",
+    date: str | None = None,
 ) -> dict[str, Any]:
     """The additional_config that makes an offline engine deterministic.
 
@@ -73,4 +88,4 @@ def enable(
     it your own additional_config, if you have one, to keep it. Raises ConfigurationError for an unknown version or
     mode.
     """
-    return Settings(numerics=numerics, unseeded=unseeded).merged_into(additional_config)
+    return Settings(numerics=numerics, unseeded=unseeded, date=date).merged_into(additional_config)

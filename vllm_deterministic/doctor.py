@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from itertools import chain
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -53,7 +54,9 @@ def findings() -> Iterator[Finding]:
         compat.require_version(device)
     except SeamError as reason:
         yield Finding("vLLM", str(reason), True)
-    for seam in (*compat.ENTRY_SEAMS.values(), *compat.REQUEST_SEAMS.values(), *compat.CPU_SEAMS.values()):
+    for seam in chain.from_iterable(
+        seams.values() for seams in (compat.ENTRY_SEAMS, compat.REQUEST_SEAMS, compat.WIRE_SEAMS, compat.CPU_SEAMS)
+    ):
         try:
             compat.probe(seam)
             yield Finding(f"seam {seam.attribute}", seam.reason)

@@ -7,10 +7,12 @@ from typing import Any
 
 from vllm_deterministic.contract import NUMERICS_VERSIONS, UNSEEDED_MODES, Settings
 from vllm_deterministic.errors import ConfigurationError
+from vllm_deterministic.serving.signing import load_signer
 
 __all__ = ["add_arguments"]
 
 _SEED_HEADER = "vllm_deterministic.integration.middleware.SeedHeader"
+_CONTRACT = "vllm_deterministic.integration.contract_middleware.Contract"
 _VALUE_GIVEN = "argument --deterministic: ignored explicit argument"
 
 
@@ -46,6 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default) computes it from the request's own content, so identical requests give identical answers; random "
         "draws a fresh one and returns it in the header x-vllm-deterministic-seed.",
     )
+    group.add_argument(
+        "--deterministic-date",
+        metavar="YYYY-MM-DD",
+        default=None,
+        help="The day that chat templates see. Without it, a request whose chat template asks for the day is refused.",
+    )
+    group.add_argument(
+        "--deterministic-signing-key",
+        metavar="FILE",
+        default=None,
+        help="Ed25519 private key (PEM, unencrypted) that signs receipts; GET /deterministic names its public key.",
+    )
     _fold_after_parsing(parser)
 
 
@@ -73,16 +87,21 @@ def _fold_after_parsing(parser: argparse.ArgumentParser) -> None:
 def _fold(namespace: argparse.Namespace) -> None:
     given = {
         name: value
-        for name in ("numerics", "unseeded")
+        for name in ("numerics", "unseeded", "date", "signing_key")
         if (value := getattr(namespace, f"deterministic_{name}", None)) is not None
     }
+    if hasattr(namespace, "middleware"):
+        # Also without the flag: a request that requires determinism must be told that it gets none.
+        namespace.middleware = [*(namespace.middleware or []), _CONTRACT]
     if not getattr(namespace, "deterministic", False):
         if given:
-            raise ConfigurationError(f"--deterministic-{next(iter(given))} needs --deterministic")
+            raise ConfigurationError(f"--deterministic-{next(iter(given)).replace('_', '-')} needs --deterministic")
         return
     if getattr(namespace, "grpc", False):
         raise ConfigurationError("--deterministic does not cover the gRPC server yet: serve without --grpc")
+    if (key := given.pop("signing_key", None)) is not None:
+        load_signer(key)  # a mistake is told before the model is loaded
     settings = Settings(**given)
     namespace.additional_config = settings.merged_into(getattr(namespace, "additional_config", None))
     if settings.unseeded == "random" and hasattr(namespace, "middleware"):
-        namespace.middleware = [*(namespace.middleware or []), _SEED_HEADER]
+        namespace.middleware = [*namespace.middleware, _SEED_HEADER]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_deterministic.integration import linear, sampler
+from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.integration import facts, linear, sampler, weights
 
 __all__ = ["DeterministicCPUWorker"]
 
@@ -20,4 +22,21 @@ class DeterministicCPUWorker(CPUWorker):
         os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
         linear.arm()
         sampler.arm()
+        weights.arm()
         super().init_device()  # builds the sampler, which binds its functions
+
+    def deterministic_report(self) -> dict[str, Any]:
+        """What only the worker knows of the fingerprint and of GET /deterministic."""
+        return {
+            "weights": weights.digest(self.vllm_config.load_config.load_format),
+            "model_code": facts.model_code(self.model_runner.get_model()),
+            "architecture": facts.cpu_architecture(),
+            "certified": linear.certified(),
+        }
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        # A compiled graph holds the packed weights' addresses, cached prefixes were computed with the old weights, and
+        # the fingerprint names them.
+        raise UnsupportedError(
+            "--deterministic: weights cannot be changed in a running CPU server; start one with the new weights"
+        )

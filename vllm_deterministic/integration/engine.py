@@ -41,7 +41,7 @@ def prepare(engine_args: Any) -> None:
         policy.refuse(policy.resolved_refusals({"device": device}))
     compat.require_version(device)
     policy.refuse(policy.environment_refusals(os.environ))
-    for seam in (*compat.CPU_SEAMS.values(), *compat.REQUEST_SEAMS.values()):
+    for seam in (*compat.CPU_SEAMS.values(), *compat.REQUEST_SEAMS.values(), *compat.WIRE_SEAMS.values()):
         compat.probe(seam)
     engine_args.worker_cls = CPU_WORKER
 
@@ -61,7 +61,9 @@ def resolved_facts(config: Any) -> dict[str, Any]:
 
 
 def arm_front_end(config: Any, settings: Settings) -> None:
-    """Arms the checks and seeds of requests in this process. Idempotent."""
-    from vllm_deterministic.integration import requests
+    """Arms the checks, seeds and receipts of requests in this process. Idempotent."""
+    from vllm_deterministic.integration import hidden_inputs, requests, wire
 
+    wire.arm()
+    hidden_inputs.arm(settings.date)
     requests.arm(settings, server_seed=config.model_config.seed or 0)

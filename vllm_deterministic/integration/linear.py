@@ -11,7 +11,7 @@ from vllm_deterministic import compat
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.kernels.gemm import cpu, rows
 
-__all__ = ["arm"]
+__all__ = ["arm", "certified"]
 
 PRODUCT = "_C::onednn_mm"
 # (N, K, dtype, bias) -> number of its schedule. One certification serves all layers of a shape: the library chooses by
@@ -62,3 +62,11 @@ def _schedule_number(n: int, k: int, dtype: torch.dtype, has_bias: bool) -> int:
         schedule = cpu.certify(packed_product, n, k, dtype, has_bias, {"vllm": compat.vllm_version()})
         _schedules[key] = rows.add_schedule(PRODUCT, n, k, schedule)
     return _schedules[key]
+
+
+def certified() -> list[dict[str, Any]]:
+    """The certified weight shapes of this worker."""
+    return [
+        {"operator": "linear", "n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "bias": bias}
+        for n, k, dtype, bias in _schedules
+    ]

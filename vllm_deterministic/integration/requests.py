@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_deterministic import compat, policy
 from vllm_deterministic.contract import Settings
+from vllm_deterministic.integration import wire
 from vllm_deterministic.kernels.sampling.noise import derive_seed
 
 __all__ = ["SEED_HEADER", "arm", "seeds_given"]
@@ -49,8 +50,9 @@ class _State:
 def arm(settings: Settings, server_seed: int) -> None:
     """Installs the request seams in this front-end process. Idempotent. Raises SeamError."""
     _State.settings, _State.server_seed = settings, server_seed
-    for name in ("chat", "completion", "responses"):
+    for name in ("chat", "completion"):
         compat.install(compat.REQUEST_SEAMS[name], _checked)
+    compat.install(compat.REQUEST_SEAMS["responses"], lambda original: wire.named_in_metadata(_checked(original)))
     for name in ("chat_beam", "completion_beam"):
         compat.install(compat.REQUEST_SEAMS[name], _checked_beam)
     compat.install(compat.REQUEST_SEAMS["completion_create"], _checked_first)
@@ -123,6 +125,7 @@ def _seeded(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         params = request.sampling_params
         if params is not None and _needs_seed(params):
             params.seed = _derived_seed(request) if _State.settings.unseeded == "derived" else _fresh_seed()
+        wire.took(request)
         return request
 
     return wrapped

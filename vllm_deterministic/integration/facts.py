@@ -1,0 +1,114 @@
+"""What a server's fingerprint is made of: read off the resolved configuration, the tokenizer and the worker."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_deterministic import compat
+from vllm_deterministic.configs import numerics as trees_of
+from vllm_deterministic.contract import Settings
+from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.serving.fingerprint import Fingerprint, Numerics, digest_of
+
+__all__ = ["cpu_architecture", "fingerprint", "model_code", "tokenizer_digest"]
+
+# What chooses a CPU kernel: instructions, and the cache size, by which vLLM's attention cuts its key blocks.
+_INSTRUCTIONS = ("avx", "amx", "fma", "f16c")
+_ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
+# Options of the HTTP server that change an answer. Absent in offline use.
+_FRONT_END = (
+    "chat_template_content_format default_chat_template_kwargs response_role tool_call_parser enable_auto_tool_choice "
+    "exclude_tools_when_tool_choice_none tool_strict_level return_tokens_as_token_ids".split()
+)
+# A configuration file's own story, not the model.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "architectures")
+
+
+def cpu_architecture() -> dict[str, Any]:
+    """Instruction set of this CPU as the libraries may use it."""
+    have = torch.cpu.get_capabilities()
+    return {
+        "machine": have["architecture"],
+        "instructions": sorted(name for name, on in have.items() if on is True and name.startswith(_INSTRUCTIONS)),
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "l2_cache_bytes": have["l2_cache_size"],
+        **{name.lower(): os.environ[name] for name in _ISA_VARIABLES if name in os.environ},
+    }
+
+
+def model_code(model: Any) -> dict[str, str]:
+    """Class of a loaded model and sha256 of the file that defines it, remote code included."""
+    source = Path(inspect.getfile(type(model))).read_bytes()
+    return {"class": type(model).__name__, "source": hashlib.sha256(source).hexdigest()}
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything by which text becomes token ids. Raises UnsupportedError for one that cannot say."""
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedError(
+            f"--deterministic: the tokenizer {type(tokenizer).__name__} is no fast tokenizer, so the fingerprint "
+            "cannot name it: convert it (tokenizer.json)"
+        )
+    definition = json.loads(backend.to_str())
+    for of_one_call in ("truncation", "padding"):
+        definition.pop(of_one_call, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    flags = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")}
+    return digest_of([definition, special, flags])
+
+
+def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint of a VllmConfig, the HTTP server's arguments and the worker's report."""
+    from vllm.renderers.chat_utils import load_chat_template
+
+    model = config.model_config
+    device = config.device_config.device_type
+    settings = Settings.of(config.additional_config) or Settings()
+    template = load_chat_template(getattr(args, "chat_template", None)) or getattr(tokenizer, "chat_template", None)
+    described = {name: value for name, value in model.hf_config.to_dict().items() if name not in _NOT_THE_MODEL}
+    structured = config.structured_outputs_config
+    compilation = config.compilation_config
+    numerics = Numerics(
+        version=settings.numerics,
+        trees=trees_of(settings.numerics)[device],
+        architecture=worker["architecture"],
+        dtype=str(model.dtype).removeprefix("torch."),
+        model_code=worker["model_code"],
+        compile_mode=compilation.mode.name.lower(),
+        libraries={"vllm": compat.vllm_version(), "torch": torch.__version__},
+    )
+    return Fingerprint(
+        numerics=numerics,
+        weights=worker["weights"],
+        tokenizer=tokenizer_digest(tokenizer),
+        chat_template=digest_of(template),
+        settings={
+            "model_config": digest_of(json.loads(json.dumps(described, default=str))),
+            "rope": getattr(model.hf_text_config, "rope_parameters", None),
+            "max_model_len": model.max_model_len,
+            "seed": model.seed,
+            "unseeded": settings.unseeded,
+            "date": settings.date,
+            "generation_config": model.get_diff_sampling_param(),
+            "logprobs_mode": str(model.logprobs_mode),
+            "structured_outputs": {
+                name: getattr(structured, name)
+                for name in (
+                    "backend", "disable_any_whitespace", "disable_additional_properties", "reasoning_parser",
+                    "enable_in_reasoning",
+                )
+            },
+            "front_end": {name: getattr(args, name, None) for name in _FRONT_END},
+        },
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""What a prompt is made of besides the request: the day, which many chat templates ask for."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_deterministic import compat
+
+__all__ = ["arm"]
+
+_date: datetime.datetime | None = None
+
+
+def arm(date: str | None) -> None:
+    """Pins the day that chat templates see in this process, or refuses to tell one. Idempotent. Raises SeamError."""
+    global _date
+    _date = datetime.datetime.fromisoformat(date) if date is not None else None
+    compat.install(compat.WIRE_SEAMS["chat_template"], _without_clock)
+
+
+def _without_clock(compile_template: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile_template)
+    def wrapped(chat_template: str) -> Any:
+        template = compile_template(chat_template)
+        template.globals["strftime_now"] = _strftime
+        return template
+
+    return wrapped
+
+
+def _strftime(form: str) -> str:
+    if _date is None:
+        raise VLLMValidationError(
+            "the chat template puts today's date into the prompt, so tomorrow's answer would be another: start the "
+            "server with --deterministic-date YYYY-MM-DD",
+            parameter="messages",
+        )
+    return _date.strftime(form)

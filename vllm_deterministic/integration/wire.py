@@ -1,0 +1,111 @@
+"""Where the promise meets vLLM's HTTP server: computed before the first route answers, watched while tokens come."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_deterministic import __version__, compat, policy
+from vllm_deterministic.integration import facts
+from vllm_deterministic.serving import metrics, promise
+from vllm_deterministic.serving.signing import load_signer
+
+__all__ = ["arm", "named_in_metadata", "took"]
+
+logger = logging.getLogger("vllm.deterministic")
+
+# Sampling parameters that a request may leave to the server's defaults; the API calls them as vLLM does.
+_USED = (
+    "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed min_tokens max_tokens"
+).split()
+
+
+def arm() -> None:
+    """Installs the seams of the HTTP server in this process. Idempotent. Raises SeamError."""
+    compat.install(compat.WIRE_SEAMS["init_app_state"], _promising)
+    compat.install(compat.WIRE_SEAMS["generate"], _recording)
+
+
+def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init_app_state)
+    async def wrapped(engine_client: Any, state: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        reports = await engine_client.collective_rpc("deterministic_report")
+        of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
+        key = getattr(args, "deterministic_signing_key", None)
+        kept = promise.Promise.of(of_server, _about(reports[0]), load_signer(key) if key else None)
+        promise.keep(kept)
+        metrics.certified_shapes.set(len(reports[0]["certified"]))
+        # vLLM's own seam for the field `system_fingerprint`.
+        args.fingerprint_mode, args.fingerprint_value = "custom", kept.fingerprint
+        logger.info(
+            "deterministic: %s, numerics %s, %s, weights %s, %d certified shapes; GET /deterministic says more",
+            kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12],
+            len(reports[0]["certified"]),
+        )  # fmt: skip
+        return await init_app_state(engine_client, state, args, *rest, **kwargs)
+
+    return wrapped
+
+
+def _about(report: Any) -> dict[str, Any]:
+    return {
+        "versions": {"vllm_deterministic": __version__},
+        "certified": report["certified"],
+        "refused": policy.refused_features(),
+        "request_fields": sorted(policy.REQUEST_FIELDS),
+    }
+
+
+def _recording(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def wrapped(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = promise.recording.get()
+        if recorder is None:
+            return generate(self, prompt, sampling_params, *args, **kwargs)
+        if recorder.begun:
+            raise VLLMValidationError(
+                "a receipt covers one prompt: ask for each prompt on its own", parameter="deterministic.receipt"
+            )
+        recorder.begin(sampling_params.n)
+        if sampling_params.logprobs is None:
+            sampling_params.logprobs = 0  # those of the chosen tokens; vLLM shows them to nobody who did not ask
+        return _watched(recorder, generate(self, prompt, sampling_params, *args, **kwargs), sampling_params)
+
+    return wrapped
+
+
+async def _watched(recorder: promise.Recorder, outputs: Any, params: Any) -> Any:
+    """Hands the engine's outputs on. A stream brings each token once, a whole answer all at its end."""
+    assert params.output_kind != RequestOutputKind.CUMULATIVE
+    async for result in outputs:
+        for output in result.outputs:
+            ids = list(output.token_ids)
+            # Where an output brings no token, vLLM hands over the logprobs of all the tokens before.
+            scores = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)] if ids else []
+            recorder.add(output.index, ids, scores, output.finish_reason)
+        yield result
+
+
+def named_in_metadata(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers of the Responses API have no field for the fingerprint: it goes into their metadata."""
+
+    @functools.wraps(to_sampling_params)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = to_sampling_params(self, *args, **kwargs)
+        if (kept := promise.kept()) is not None:
+            self.metadata = {**(self.metadata or {}), "system_fingerprint": kept.fingerprint}
+        return params
+
+    return wrapped
+
+
+def took(request: Any) -> None:
+    """Notes the EngineCoreRequest of the HTTP request in hand, its seed drawn, where a receipt is wanted."""
+    if (recorder := promise.recording.get()) is None:
+        return
+    recorder.ran(request.prompt_token_ids, {name: getattr(request.sampling_params, name) for name in _USED})

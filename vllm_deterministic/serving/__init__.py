@@ -1,0 +1,1 @@
+"""The contract on the wire: fingerprint, the request field `deterministic`, receipts. Knows HTTP, not vLLM."""
