@@ -21,7 +21,7 @@ class Timed:
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         calls[0]()  # compiles and allocates outside the capture
         torch.cuda.synchronize()
-        self._count = len(calls)
+        self._calls = list(calls)  # a captured graph does not keep its operands alive
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for call in calls:
@@ -33,4 +33,4 @@ class Timed:
         self._graph.replay()
         self._stop.record()
         self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) / 1e3 / self._count
+        return self._start.elapsed_time(self._stop) / 1e3 / len(self._calls)
