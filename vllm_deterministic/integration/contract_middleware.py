@@ -1,7 +1,7 @@
 """ASGI middleware of every HTTP server with this plugin: the request field `deterministic`, and what answers it.
 
 On a server without the flag it refuses a request that requires determinism, and touches nothing else. It stands in
-front of vLLM's authentication, so it answers nobody itself who would not pass that.
+front of vLLM's authentication, and hands on unread what that will turn away.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Contract:
             await self.app(scope, receive, send)
 
     async def _post(self, path: str, kept: promise.Promise | None, scope: Any, receive: Any, send: Any) -> None:
+        if not _authorised(scope) and path.startswith(_guarded()):
+            await self.app(scope, receive, send)  # vLLM answers 401, and nobody reads the body
+            return
         body, receive = await _read(receive)
         try:
             asked, request = field.read(body)
             field.check(asked, kept.fingerprint if kept else None)
             recorder = _recorder(kept, path, request) if kept and asked.receipt else None
         except field.FieldError as refusal:
-            if not _authorised(scope):
-                await self.app(scope, receive, send)  # which answers 401
-                return
             if kept is not None:
                 _metrics().refused(refusal)
             kind = "ConflictError" if refusal.status == 409 else "BadRequestError"
@@ -174,8 +174,15 @@ async def _read(receive: Any) -> tuple[bytes, Any]:
     return b"".join(parts), again
 
 
+def _guarded() -> tuple[str, ...]:
+    """The paths for which vLLM asks for the key."""
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    return tuple(GUARDED_PREFIX)
+
+
 def _authorised(scope: Any) -> bool:
-    """Whether vLLM's own authentication lets this request pass."""
+    """Whether the request brings the key, by vLLM's own check, or the server has none."""
     from starlette.datastructures import Headers
     from vllm import envs
     from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
