@@ -90,7 +90,7 @@ def _fold(namespace: argparse.Namespace) -> None:
         for name in ("numerics", "unseeded", "date", "signing_key")
         if (value := getattr(namespace, f"deterministic_{name}", None)) is not None
     }
-    if hasattr(namespace, "middleware"):
+    if hasattr(namespace, "middleware") and _CONTRACT not in (namespace.middleware or []):
         # Also without the flag: a request that requires determinism must be told that it gets none.
         namespace.middleware = [*(namespace.middleware or []), _CONTRACT]
     if not getattr(namespace, "deterministic", False):

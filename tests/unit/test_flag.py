@@ -32,6 +32,12 @@ def test_without_the_flag_nothing_is_written(parse) -> None:  # type: ignore[no-
     assert parse().additional_config in (None, {})
 
 
+@pytest.mark.parametrize("argv", [[], ["--deterministic"], ["--middleware", "users.own"]])
+def test_demands_are_read_with_and_without_the_flag(parse, argv: list[str]) -> None:  # type: ignore[no-untyped-def]
+    middleware = parse(*argv).middleware
+    assert [name.rsplit(".", 1)[1] for name in middleware] == ["own"] * ("users.own" in argv) + ["Contract"]
+
+
 @pytest.mark.parametrize("flag_first", [True, False])
 def test_merges_with_additional_config_in_either_order(parse, flag_first: bool) -> None:  # type: ignore[no-untyped-def]
     argv = [["--deterministic"], ["--additional-config", '{"mine": 1}']]
@@ -55,6 +61,9 @@ def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-
         (["--deterministic", "--deterministic-numerics", "v9"], "'v9' does not exist; this version knows v1"),
         (["--deterministic", "--deterministic-unseeded", "maybe"], "derived, random"),
         (["--deterministic-numerics", "v1"], "needs --deterministic"),
+        (["--deterministic-signing-key", "key.pem"], "--deterministic-signing-key needs --deterministic"),
+        (["--deterministic", "--deterministic-signing-key", "no.pem"], "--deterministic-signing-key no.pem"),
+        (["--deterministic", "--deterministic-date", "today"], "YYYY-MM-DD"),
         (["--deterministic", "--grpc"], "gRPC"),
     ],
 )
