@@ -134,7 +134,7 @@ REQUEST_FIELDS = frozenset(
     "stream_interval include_reasoning reasoning reasoning_effort "
     # sampling, row by row
     "temperature top_p top_k min_p seed repetition_penalty presence_penalty frequency_penalty logit_bias bad_words "
-    "allowed_token_ids response_format structured_outputs tools tool_choice parallel_tool_calls max_tool_calls "
+    "allowed_token_ids response_format structured_outputs "
     # scores
     "logprobs top_logprobs prompt_logprobs logprob_token_ids "
     # bookkeeping

@@ -25,14 +25,12 @@ SCHEMA = {
     "additionalProperties": False,
 }
 YEAR = r"[A-Z][a-z]{3,9} [0-9]{4}"
-TOOL = {"type": "function", "function": {"name": "record", "description": "Keeps a record.", "parameters": SCHEMA}}
 GRAMMARS = {
     "json": {
         "chat": True,
         "extra_body": {"response_format": {"type": "json_schema", "json_schema": {"name": "keeper", "schema": SCHEMA}}},
     },
     "regex": {"extra_body": {"structured_outputs": {"regex": YEAR}}},
-    "tool": {"chat": True, "extra_body": {"tools": [TOOL], "tool_choice": "required"}},
 }
 
 
@@ -58,7 +56,7 @@ def test_a_grammar_next_door_changes_nothing(servers, probes, said, config):
     """A plain request beside four that are held to a grammar."""
 
     endpoint = servers.get(config).endpoint
-    held = [Probe(name, "A keeper:", max_tokens=48, **GRAMMARS[name]) for name in ("json", "regex", "tool", "json")]
+    held = [Probe(name, "A keeper:", max_tokens=48, **GRAMMARS[name]) for name in ("json", "regex", "regex", "json")]
     greedy = dataclasses.replace(probes["greedy"], max_tokens=48)
 
     async def together():

@@ -77,4 +77,5 @@ def test_resolved_facts_off_the_list(fact: str, value: object) -> None:
 def test_request_fields() -> None:
     assert policy.request_refusal(["temperature", "seed", "messages"]) is None
     assert policy.request_refusal(["temperature", "use_beam_search"]) == "use_beam_search"
+    assert policy.request_refusal(["messages", "tools"]) == "tools"
     assert policy.request_refusal(["field_of_a_later_vllm"]) == "field_of_a_later_vllm"
