@@ -1,0 +1,193 @@
+"""The contract on the wire, over HTTP with the `openai` client: fingerprints, demands, receipts, replay."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from vllm_deterministic import cli
+from vllm_deterministic.serving.receipts import first_divergence
+from vllm_deterministic.serving.replay import choices_of, find_receipt, replay
+from vllm_deterministic.verify.probes import run_load
+
+pytestmark = pytest.mark.serving
+
+MAIN = "det-bf16-compiled-2048"
+main = pytest.mark.parametrize("config", [MAIN])
+other = pytest.mark.parametrize("config", ["det-f32-eager-2048-random"])
+plain = pytest.mark.parametrize("config", ["plain-bf16-eager-2048"])
+
+ELSEWHERE = "vd1-" + "0" * 32
+RECEIPT = {"deterministic": {"receipt": True}, "return_token_ids": True}
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+
+
+def client(server, kind=openai.OpenAI):
+    http = {openai.OpenAI: openai.DefaultHttpxClient, openai.AsyncOpenAI: openai.DefaultAsyncHttpxClient}[kind]
+    return kind(base_url=server.base_url, api_key="EMPTY", max_retries=0, http_client=http(trust_env=False))
+
+
+def described(server):
+    """The body of GET /deterministic."""
+    return client(server).get(f"{server.url}/deterministic", cast_to=object)
+
+
+def completion(server, **options):
+    body = {"model": server.model, "prompt": "The map shows", "max_tokens": 12, "temperature": 0.8} | options
+    return client(server).completions.create(**body)
+
+
+def chat(server, **options):
+    body = {"model": server.model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0.8} | options
+    return client(server).chat.completions.create(**body)
+
+
+def reseeded(receipt):
+    body = receipt.request.body | {"seed": receipt.request.body["seed"] + 1}
+    return receipt.model_copy(update={"request": receipt.request.model_copy(update={"body": body})})
+
+
+@main
+def test_every_answer_and_chunk_carries_the_fingerprint(servers, config):
+    server = servers.get(config)
+    there = described(server)
+    fingerprint = there["fingerprint"]
+    assert there["parts"]["numerics.dtype"] == "bfloat16"
+    assert there["certified"]
+    for ask in (completion, chat):
+        assert ask(server).system_fingerprint == fingerprint
+        for extra in ({}, {"stream_options": {"include_usage": True}}):
+            chunks = list(ask(server, stream=True, **extra))
+            assert len(chunks) > 10
+            assert {chunk.system_fingerprint for chunk in chunks} == {fingerprint}
+
+    async def asynchronously():
+        async with client(server, openai.AsyncOpenAI) as own:
+            return await own.completions.create(model=server.model, prompt="x", max_tokens=1)
+
+    assert asyncio.run(asynchronously()).system_fingerprint == fingerprint
+    response = client(server).responses.create(model=server.model, input="Hi", max_output_tokens=4)
+    assert response.metadata["system_fingerprint"] == fingerprint
+    assert client(server).models.list().model_extra["deterministic"]["fingerprint"] == fingerprint
+
+
+@main
+def test_demands(servers, config):
+    server = servers.get(config)
+    mine = described(server)["fingerprint"]
+    for allowed in ("require", True, False, None, {"require": mine}, {"require": True}):
+        assert chat(server, max_tokens=1, extra_body={"deterministic": allowed}).system_fingerprint == mine
+    for stream in (False, True):
+        with pytest.raises(openai.ConflictError) as conflict:
+            completion(server, stream=stream, extra_body={"deterministic": {"require": ELSEWHERE}})
+        assert mine in str(conflict.value)
+        assert ELSEWHERE in str(conflict.value)
+        for ask in (completion, chat):
+            with pytest.raises(openai.BadRequestError) as refusal:
+                ask(server, stream=stream, extra_body={"deterministic": {"demand": True}})
+            assert refusal.value.param == "deterministic.demand"
+
+
+@plain
+def test_a_server_without_the_flag_promises_nothing(servers, config):
+    server = servers.get(config)
+    for ask in (completion, chat):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as refusal:
+                ask(server, stream=stream, extra_body={"deterministic": "require"})
+            assert refusal.value.param == "deterministic"
+        # The control: it answers who asks for nothing, as vLLM does.
+        answer = ask(server, extra_body={"deterministic": False})
+        assert answer.system_fingerprint.startswith("vllm-")
+    with pytest.raises(openai.NotFoundError):
+        described(server)
+
+
+@main
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_receipts_are_of_the_answer(servers, config, ask, n):
+    """Built from the answer by the client, the chains are those that the server gave; streamed, they are the same."""
+    server = servers.get(config)
+    logprobs = {"logprobs": True} if ask is chat else {"logprobs": 0}
+    answer = ask(server, n=n, extra_body=RECEIPT, **logprobs)
+    receipt = find_receipt(answer.model_dump_json())
+    assert choices_of(answer.model_dump()) == (receipt.prompt.digest, receipt.choices)
+    assert [choice.tokens for choice in receipt.choices] == [12] * n
+    assert isinstance(receipt.request.body["seed"], int)
+    assert receipt.fingerprint == answer.system_fingerprint
+
+    # Neither streaming nor logprobs asked for: the same receipt, and the answer says no logprobs.
+    *_, last = ask(server, n=n, stream=True, extra_body=RECEIPT)
+    streamed = find_receipt(last.model_dump_json())
+    assert streamed.choices == receipt.choices
+    without = ask(server, n=n, extra_body=RECEIPT)
+    assert all(choice.logprobs is None for choice in without.choices)
+    assert find_receipt(without.model_dump_json()).choices == receipt.choices
+
+    # The control: an answer that was altered or cut is not the receipt's.
+    altered = answer.model_dump()
+    altered["choices"][0]["token_ids"][5] += 1
+    parted = first_divergence(receipt.choices[0], choices_of(altered)[1][0])
+    assert (parted.position, parted.what) == (5, "tokens")
+
+
+@main
+def test_metrics_count(servers, config):
+    server = servers.get(config)
+    names = ("requests", "refused_requests", "receipts")
+    before = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
+    completion(server, extra_body=RECEIPT)
+    with pytest.raises(openai.BadRequestError):
+        completion(server, extra_body={"deterministic": "maybe"})
+    after = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
+    assert server.metric("vllm_deterministic_certified_shapes") > 0
+
+
+@main
+def test_receipt_of_several_prompts_is_refused(servers, config):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        completion(servers.get(config), prompt=["a", "b"], extra_body=RECEIPT)
+    assert refusal.value.param == "deterministic.receipt"
+
+
+@main
+def test_replay_gives_the_same_bits_under_load(servers, probes, config, tmp_path, capsys):
+    server = servers.get(config)
+    path = tmp_path / "answer.json"
+    path.write_text(chat(server, extra_body=RECEIPT).model_dump_json())
+
+    async def crowded():
+        load = asyncio.create_task(run_load(server.endpoint, probes["greedy"], repeats=2, neighbours=24))
+        await asyncio.sleep(0.5)
+        result = await asyncio.to_thread(replay, find_receipt(path.read_text()), server.url)
+        await load
+        return result
+
+    result = asyncio.run(crowded())
+    assert (result.same_bits, result.reasons) == (True, [])
+    assert cli.main(["replay", str(path), "--url", server.url]) == 0
+    assert "same bits" in capsys.readouterr().out
+    # The control: a receipt that says something else is caught.
+    changed = json.loads(path.read_text())
+    changed["deterministic"]["receipt"]["choices"][0] |= {"digest": "0", "token_chain": ["0"] * 12}
+    path.write_text(json.dumps(changed))
+    assert cli.main(["replay", str(path), "--url", server.base_url]) == 1
+    assert "tokens from position 0" in capsys.readouterr().out
+
+
+@other
+def test_replay_elsewhere_says_why_it_differs(servers, model, config):
+    receipt = find_receipt(completion(servers.get(MAIN), max_tokens=32, extra_body=RECEIPT).model_dump_json())
+    server = servers.get(config)
+    result = replay(receipt, server.url, model=server.model)
+    assert not result.same_bits
+    assert {"numerics.dtype", "numerics.compile_mode", "settings.unseeded", "weights"} <= set(result.reasons)
+    # The control: with its own seed drawn at random, the receipt names it, and the replay gives the same bits.
+    own = find_receipt(completion(server, extra_body=RECEIPT).model_dump_json())
+    assert replay(own, server.url).same_bits
+    assert not replay(reseeded(own), server.url).same_bits
