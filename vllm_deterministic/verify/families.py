@@ -84,39 +84,55 @@ def _salt() -> str:
     return uuid.uuid4().hex
 
 
+# Caches keep whole pages of 16 to 128 tokens. With one token more than whole pages, a full hit computes a single row,
+# as a decode does, where engines without care take another path than for many rows.
+LARGEST_PAGE = 128
+
+
 async def _prefix(ctx: Context) -> None:
     tokens = ctx.level.tokens // 2
     for kind in ctx.kinds[:2]:
         beginning, rest = ctx.text(ctx.level.long_words // 2), ctx.text(ctx.level.long_words // 2)
         probe = ctx.probe(kind, f"{beginning} {rest}", max_tokens=tokens)
-        case = ctx.case(f"{kind}, whole", probe)
-        (answer, *_) = await ctx.ask(case, "cold")
-        await ctx.ask(case, "hit")
-        await ctx.ask(case, "hit again")
-        if not ctx.can.salts:
-            # Without salts a prompt is cold once only: another one is first met with half of it cached.
-            probe = ctx.probe(kind, f"{ctx.text(ctx.level.long_words // 2)} {rest}", max_tokens=tokens)
-            case = ctx.case(f"{kind}, partly", probe)
-            head = str(probe.prompt).removesuffix(rest)
-            await ctx.session.ask(dataclasses.replace(probe, prompt=f"{head} What comes next?", max_tokens=1))
-            await ctx.ask(case, "half of it cached")
-            await ctx.ask(case, "hit")
+        if not ctx.can.salts or ctx.can.use_chat:
+            await _prefix_of_text(ctx, kind, probe, rest)
             continue
-        await ctx.ask(case, "cold, salted", _salted(probe, _salt()))
+        (answer, *_), _ = await ctx.session.ask(_salted(dataclasses.replace(probe, max_tokens=1), _salt()))
+        ids = list(answer.prompt_token_ids)
+        ids = ids[: (len(ids) - 1) // LARGEST_PAGE * LARGEST_PAGE + 1] if len(ids) > LARGEST_PAGE else ids
+        probe = dataclasses.replace(probe, prompt=ids)
+        case = ctx.case(kind, probe)
         salt = _salt()
-        await ctx.session.ask(_salted(dataclasses.replace(probe, prompt=f"{beginning} And so?", max_tokens=1), salt))
-        await ctx.ask(case, "half of it cached", _salted(probe, salt))
-        for twin in _twins(ctx, answer.prompt_token_ids):
-            # The cache then holds a prompt that differs in one token: reusing its pages from there on is wrong.
+        for condition in ("cold", "hit", "hit again"):
+            await ctx.ask(case, condition, _salted(probe, salt))
+        await ctx.ask(case, "cold once more", _salted(probe, _salt()))
+        # The cache then holds the first half, or a prompt that differs in one token: from there on its pages are wrong.
+        half = [*ids[: len(ids) // 2], *ids[: len(ids) // 4]]
+        for condition, before in [
+            ("half of it cached", half),
+            *(("after a prompt that differs in one token", twin) for twin in _twins(ctx, ids)),
+        ]:
             salt = _salt()
-            await ctx.session.ask(_salted(dataclasses.replace(probe, prompt=twin, max_tokens=1), salt))
-            await ctx.ask(case, "after a prompt that differs in one token", _salted(probe, salt))
+            await ctx.session.ask(_salted(dataclasses.replace(probe, prompt=before, max_tokens=1), salt))
+            await ctx.ask(case, condition, _salted(probe, salt))
+
+
+async def _prefix_of_text(ctx: Context, kind: str, probe: Probe, rest: str) -> None:
+    """Without salts a prompt is cold once only: another one is first met with half of it cached."""
+    case = ctx.case(f"{kind}, whole", probe)
+    for condition in ("cold", "hit", "hit again"):
+        await ctx.ask(case, condition)
+    beginning = ctx.text(ctx.level.long_words // 2)
+    await ctx.session.ask(dataclasses.replace(probe, prompt=f"{beginning} What comes next?", max_tokens=1))
+    case = ctx.case(f"{kind}, partly", dataclasses.replace(probe, prompt=f"{beginning} {rest}"))
+    await ctx.ask(case, "half of it cached")
+    await ctx.ask(case, "hit")
 
 
 def _twins(ctx: Context, prompt: Sequence[int]) -> list[list[int]]:
     """Copies of a tokenised prompt with one token changed, near its beginning, middle and end."""
     found = []
-    for low, high in ((0.1, 0.3), (0.4, 0.6), (0.7, 0.9)) if len(prompt) > 20 and not ctx.can.use_chat else ():
+    for low, high in ((0.1, 0.3), (0.4, 0.6), (0.7, 0.9)) if len(set(prompt)) > 1 else ():
         at = ctx.rng.randint(int(low * len(prompt)), int(high * len(prompt)))
         # Another token of the same prompt: it exists in every vocabulary.
         other = ctx.rng.choice([token for token in prompt if token != prompt[at]])

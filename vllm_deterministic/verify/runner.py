@@ -296,7 +296,9 @@ def _headline(verdict: Verdict, families: Sequence[FamilyResult], logprobs: bool
         cases = [case for family in families for case in family.cases if case.verdict == "differs"]
         worst = max(cases, key=lambda case: (case.distinct_texts, case.distinct_answers))
         found = [family for family in told if family.verdict == "differs"]
-        what = f"{worst.distinct_answers} different answers, {worst.distinct_texts} different texts"
+        what = f"{worst.distinct_answers} different answers"
+        if worst.distinct_texts < worst.distinct_answers:
+            what += f" in {worst.distinct_texts} wordings"
         if worst.distinct_texts == 1:
             what = f"one text with {worst.distinct_answers} different sets of logprobs"
         return (
