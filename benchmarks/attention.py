@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+from bootstrap import interval
 from vllm_deterministic.kernels.attention.certify import Sequences
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill
@@ -109,12 +109,6 @@ class Case:
         return [call(i) for i in range(self.calls)]
 
 
-def interval(ratios: list[float]) -> list[float]:
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return [round(medians[25], 3), round(medians[974], 3)]
-
-
 def measure(sides: dict[str, Callable[[], list[Call]]], repeats: int) -> dict[str, list[float]]:
     """Seconds per call of each side, turn by turn; a side that cannot run is left out and said."""
     timed, kept = {}, []  # a captured graph does not keep its tensors
@@ -149,7 +143,8 @@ def points(turn: dict[str, Any], ours: str) -> list[dict[str, Any]]:
                 "what": turn["what"], "unit": "us", "name": peer, "schedule": ours,
                 "peer": round(middle[peer] * 1e6, 2), "ours": round(middle[ours] * 1e6, 2),
                 "ratio": round(statistics.median(ratios), 3),
-                "interval": interval(ratios), "tb_per_s": round(batch * keys * KEY_BYTES / middle[ours] / 1e12, 3),
+                "interval": [round(bound, 3) for bound in interval(ratios)],
+                "tb_per_s": round(batch * keys * KEY_BYTES / middle[ours] / 1e12, 3),
                 "tflop_per_s": round(flops / middle[ours] / 1e12, 1),
             }
         )  # fmt: skip

@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bootstrap import interval
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -121,13 +122,6 @@ def pair_of_servers(model: str, mode: str, rounds: int, logs: Path, start: int) 
     return rates
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    return medians[RESAMPLES * 25 // 1000], medians[RESAMPLES * 975 // 1000]
-
-
 def measure(model: str, mode: str, starts: int, rounds: int, logs: Path) -> list[dict[str, Any]]:
     """The points of one mode."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -136,7 +130,7 @@ def measure(model: str, mode: str, starts: int, rounds: int, logs: Path) -> list
     for what in WORK:
         rates = [rate for pair in pairs for rate in pair[what]]
         ratios = [ours / peer for peer, ours in rates]
-        low, high = interval(ratios)
+        low, high = interval(ratios, RESAMPLES)
         points.append(
             {
                 "what": f"{mode.replace('-', ' ')}: {what}",

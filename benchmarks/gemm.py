@@ -13,7 +13,6 @@ import argparse
 import datetime
 import importlib
 import json
-import random
 import shlex
 import statistics
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bootstrap import interval
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -58,13 +58,6 @@ def peers() -> dict[str, Product]:
             continue
         found[name] = product if attribute.startswith("linear") else lambda x, w, product=product: product(x, w.t())
     return found
-
-
-def interval(ratios: list[float], rounds: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(rounds))
-    return medians[rounds // 40], medians[-rounds // 40]
 
 
 def measure(problem: Problem, m: int, weights: list[torch.Tensor], sides: dict[str, Product], repeats: int) -> Any:
