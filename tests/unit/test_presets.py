@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from vllm_deterministic.configs import serve_presets
 
 from vllm_deterministic import cli, policy
-from vllm_deterministic.configs import serve_presets
 from vllm_deterministic.contract import CONFIG_KEY
 
 PRESETS = sorted(serve_presets())
