@@ -113,6 +113,22 @@ CPU_SEAMS = {
     ),
 }
 _ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
+_COMPILED_SUM = "the compiler chooses the order of a norm's sum anew in every compilation"
+_SCORES = (
+    "logits",
+    "num_logprobs",
+    "sampled_token_ids",
+    "cu_num_logits",
+    "logprob_token_ids_state",
+    "expanded_idx_mapping",
+    "max_per_req_token_ids",
+    "logits_mode",
+)
+_TIES = (
+    "which of equal logprobs is named first depends on how many the neighbours ask for, and the order of a row's sum "
+    "on whether a neighbour turns the logits into f32",
+    "vLLM breaks ties by token id",
+)
 GPU_SEAMS = {
     "linear": Seam(
         "vllm.model_executor.layers.linear",
@@ -128,6 +144,30 @@ GPU_SEAMS = {
         _ROW_COUNT,
         "vLLM lets a plugin register an unquantised linear kernel",
     ),
+    "rms_norm": Seam(
+        "vllm.ir.ops",
+        "rms_norm.register_impl",
+        ("provider",),
+        _COMPILED_SUM,
+        "vLLM.ir is removed (announced for 0.34): then the layers' own seam",
+    ),
+    "fused_add_rms_norm": Seam(
+        "vllm.ir.ops",
+        "fused_add_rms_norm.register_impl",
+        ("provider",),
+        _COMPILED_SUM,
+        "vLLM.ir is removed (announced for 0.34): then the layers' own seam",
+    ),
+    "draw": Seam(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler._sample_random",
+        ("self", "processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p"),
+        "the top-k/top-p algorithm depends on the batch's size and the neighbours' parameters; noise must be the same "
+        "in every version and for logits of every dtype",
+        "each row's algorithm depends on that row alone",
+    ),
+    "scores": Seam("vllm.v1.worker.gpu.sample.sampler", "compute_topk_scores", _SCORES, *_TIES),
+    "prompt_scores": Seam("vllm.v1.worker.gpu.sample.prompt_logprob", "compute_topk_scores", _SCORES, *_TIES),
     "graph": Seam(
         "vllm.compilation.backends",
         "VllmBackend.__call__",

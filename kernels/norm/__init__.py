@@ -1,0 +1,1 @@
+"""RMS norms: one order of summation for every number of rows."""
