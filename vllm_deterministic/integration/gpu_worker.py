@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_deterministic.integration import audit, gpu_linear
+from vllm_deterministic.integration import audit, gpu_linear, gpu_norm, gpu_sampler
 
 __all__ = ["DeterministicGPUWorker"]
 
@@ -17,6 +17,8 @@ class DeterministicGPUWorker(Worker):
 
     def init_device(self) -> None:
         gpu_linear.arm()
+        gpu_norm.arm()
+        gpu_sampler.arm(self.vllm_config)
         audit.arm()
         super().init_device()
 
