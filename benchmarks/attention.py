@@ -65,7 +65,7 @@ class Case:
 
         def call(i: int) -> Call:
             table = self.tables[i % len(self.tables)]
-            batch = Batch(self.q, self.out, table, self.start, self.kv_len, plan)
+            batch = Batch(self.q, self.out, table, plan)
             return lambda: attention.run(batch, cache, decode, prefill)
 
         return [call(i) for i in range(self.calls)]

@@ -116,7 +116,7 @@ class Sequences:
         if decode is None:
             plan.few = 0
         plan.fill(start, kv_len, attention.tree.split, attention.tree.window)
-        attention.run(Batch(q, out, table, start, kv_len, plan, self.sinks), self.cache, decode, prefill)
+        attention.run(Batch(q, out, table, plan, self.sinks), self.cache, decode, prefill)
         return out
 
     def rows(self, stretches: list[Stretch], gold: list[torch.Tensor]) -> torch.Tensor:

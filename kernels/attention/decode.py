@@ -25,7 +25,7 @@ def _keep(STATE, ACC, row, d, real, m, l, acc, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bt_stride"])
 def decode(
-    Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, QUERY_START, KV_LEN, PAGE_TABLE, c, tanh_scale,
+    Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, PAGE_TABLE, c, tanh_scale,
     log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
     GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr,
@@ -39,13 +39,13 @@ def decode(
     piece = tl.program_id(0)
     kv = tl.program_id(1)
     if piece < tl.load(COUNTS):
-        b = tl.load(PIECES + piece * 4)
-        first = tl.load(PIECES + piece * 4 + 1)
-        end = tl.load(PIECES + piece * 4 + 2)
-        slot = tl.load(PIECES + piece * 4 + 3)
-        start = tl.load(QUERY_START + b)
-        queries = tl.load(QUERY_START + b + 1) - start
-        keys = tl.load(KV_LEN + b)
+        b = tl.load(PIECES + piece * 8)
+        first = tl.load(PIECES + piece * 8 + 1)
+        end = tl.load(PIECES + piece * 8 + 2)
+        slot = tl.load(PIECES + piece * 8 + 3)
+        start = tl.load(PIECES + piece * 8 + 4)
+        queries = tl.load(PIECES + piece * 8 + 5)
+        keys = tl.load(PIECES + piece * 8 + 6)
         if tl.program_id(2) * ROWS < queries * GROUP:
             row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
             token = row // GROUP
@@ -113,20 +113,30 @@ def decode(
 
 
 @triton.jit
+def _batch(STATE, ACC, row, first, splits, i, d, D: tl.constexpr, STRIDE: tl.constexpr):
+    """(m, l, acc) of the splits from `first` on, rows of a head one STRIDE apart."""
+    there = first + i < splits
+    rows = row + (first + i).to(tl.int64) * STRIDE
+    m = tl.load(STATE + rows * 2, mask=there, other=float("-inf"))
+    l = tl.load(STATE + rows * 2 + 1, mask=there, other=0.0)
+    return m, l, tl.load(ACC + rows[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
+
+
+@triton.jit
 def combine(
-    O, SINKS, STATE, ACC, SEQUENCES, QUERY_START, log2e, o_token,
-    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, UNROLL: tl.constexpr,
+    O, SINKS, STATE, ACC, SEQUENCES, log2e, o_token,
+    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences, query tokens, heads; one warp. The first slot holds a merge already; splits ascending after
     it."""
     sequence = tl.program_id(0)
     t = tl.program_id(1)
-    slot = tl.load(SEQUENCES + sequence * 4)
-    merged = tl.load(SEQUENCES + sequence * 4 + 1)
-    splits = tl.load(SEQUENCES + sequence * 4 + 2)
-    start = tl.load(QUERY_START + sequence)
-    if slot >= 0 and t < tl.load(QUERY_START + sequence + 1) - start:
+    slot = tl.load(SEQUENCES + sequence * 8)
+    merged = tl.load(SEQUENCES + sequence * 8 + 1)
+    splits = tl.load(SEQUENCES + sequence * 8 + 2)
+    start = tl.load(SEQUENCES + sequence * 8 + 3)
+    if slot >= 0 and t < tl.load(SEQUENCES + sequence * 8 + 4):
         head = tl.program_id(2)
         d = tl.arange(0, D)
         row = (slot * FEW + t).to(tl.int64) * Q_HEADS + head
@@ -136,15 +146,17 @@ def combine(
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
-        row += merged * FEW * Q_HEADS
-        for _ in tl.range(merged, splits, loop_unroll_factor=UNROLL):
-            m = tl.load(STATE + row * 2)
-            l = tl.load(STATE + row * 2 + 1)
-            acc = tl.load(ACC + row * D + d)
-            M, a, b = merge_scales(M, m)
-            L = tl.fma(L, a, l * b)
-            A = tl.fma(A, zero + a, acc * b)
-            row += FEW * Q_HEADS
+        # A batch of splits is loaded while the one before is merged. Past the end, m = -inf and l = acc = 0.
+        i = tl.arange(0, BATCH)
+        m, l, acc = _batch(STATE, ACC, row, merged, splits, i, d, D, FEW * Q_HEADS)
+        for s in tl.range(merged, splits, BATCH):
+            m_now, l_now, acc_now = m, l, acc
+            m, l, acc = _batch(STATE, ACC, row, s + BATCH, splits, i, d, D, FEW * Q_HEADS)
+            for split in tl.static_range(BATCH):
+                # One of the batch: the others are masked, so neither a maximum nor a sum has an order.
+                M, a, b = merge_scales(M, tl.max(tl.where(i == split, m_now, float("-inf")), 0))
+                L = tl.fma(L, a, tl.sum(tl.where(i == split, l_now, 0.0), 0) * b)
+                A = tl.fma(A, zero + a, tl.sum(tl.where((i == split)[:, None], acc_now, 0.0), 0) * b)
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
             L = tl.fma(L, a, b)

@@ -60,15 +60,13 @@ class Cache:
 class Batch:
     """What one call works on. q, out: [tokens, query heads, head size], heads adjacent; out of q's dtype or fp32.
 
-    page_table: [sequences, pages], query_start: [sequences + 1], kv_len: [sequences], keys including the query tokens;
-    all int32. plan: filled for these lengths. sinks: [query heads] fp32, with a tree that has them.
+    page_table: [sequences, pages] int32. plan: filled for these sequences. sinks: [query heads] fp32, with a tree that
+    has them.
     """
 
     q: torch.Tensor
     out: torch.Tensor
     page_table: torch.Tensor
-    query_start: torch.Tensor
-    kv_len: torch.Tensor
     plan: Plan
     sinks: torch.Tensor | None = None
 
@@ -118,7 +116,7 @@ class Attention:
     def schedules(self, batch: int, max_query: int) -> tuple[Decode, Prefill | None]:
         """The schedules for a padded batch of so many sequences: the first that fit it, are eligible and allowed."""
         few = self.few(max_query)
-        rows = 16 if few * self.heads.group <= 16 else 64
+        rows = min((r for r in (16, 32, 64) if r >= few * self.heads.group), default=64)
         many = batch * self.heads.kv >= 4 * self.multiprocessors
         decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
         decode.sort(key=lambda s: (s.rows != rows, s.many != many))
@@ -160,7 +158,7 @@ class Attention:
     def _lengths(self, batch: Batch) -> tuple[Any, ...]:
         tree, table = self.tree, batch.page_table
         numbers = (tree.log2_scale, tree.tanh_scale, LOG2E, table.stride(0))
-        return batch.query_start, batch.kv_len, table, *numbers
+        return table, *numbers
 
     def _decode(self, batch: Batch, cache: Cache, decode: Decode) -> None:
         tree, heads, plan, rows = self.tree, self.heads, batch.plan, cache.rows()
@@ -175,8 +173,8 @@ class Attention:
         )  # fmt: skip
         if batch.page_table.shape[1] * heads.page > tree.split:
             decode_kernels.combine[(plan.batch, plan.few, heads.query)](
-                *partial, plan.sequences, batch.query_start, LOG2E, batch.out.stride(0), D=tree.head_size,
-                SINK=tree.sink, **few, UNROLL=8, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
+                *partial, plan.sequences, LOG2E, batch.out.stride(0), D=tree.head_size,
+                SINK=tree.sink, **few, BATCH=16, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
             )  # fmt: skip
 
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
@@ -187,9 +185,11 @@ class Attention:
             from .prefill_ws import prefill_ws
 
             tokens = q.as_strided((q.shape[0], heads.query * tree.head_size), (q.stride(0), 1))
-            prefill_ws[grid](
+            programs = min(self.multiprocessors, grid[0] * grid[1])
+            prefill_ws[(programs,)](
                 self._descriptor(tokens, 64, gluon=True), *self._tiles(cache, rows, gluon=True), *work,
-                batch.out.stride(0), *rows[2:], **self._constants(), STAGES=prefill.stages, num_warps=4, maxnreg=168,
+                batch.out.stride(0), *rows[2:], **self._constants(), HEADS=heads.query,
+                STAGES=prefill.stages, HEAD_MAJOR=prefill.head_major, num_warps=4, maxnreg=168,
             )  # fmt: skip
         else:
             tiles = self._tiles(cache, rows, gluon=False) if prefill.tma else (None, None)

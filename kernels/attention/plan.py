@@ -42,24 +42,31 @@ def _plan(
     pieces = (splits + length - 1) // length
     kept = tl.where(pieces > 1, splits, 0)
     slot = tl.where(pieces > 1, tl.cumsum(kept, 0) - kept, -1)
-    tl.store(SEQUENCES + b * 4, slot, mask=real)
-    tl.store(SEQUENCES + b * 4 + 1, length, mask=real)
-    tl.store(SEQUENCES + b * 4 + 2, splits, mask=real)
+    tl.store(SEQUENCES + b * 8, slot, mask=real)
+    tl.store(SEQUENCES + b * 8 + 1, length, mask=real)
+    tl.store(SEQUENCES + b * 8 + 2, splits, mask=real)
+    tl.store(SEQUENCES + b * 8 + 3, start, mask=real)
+    tl.store(SEQUENCES + b * 8 + 4, queries, mask=real)
     at = tl.cumsum(pieces, 0) - pieces
     for i in range(tl.max(pieces, 0)):
-        to = PIECES + (at + i) * 4
+        to = PIECES + (at + i) * 8
         tl.store(to, b, mask=i < pieces)
         tl.store(to + 1, first + i * length, mask=i < pieces)
         tl.store(to + 2, tl.minimum(first + (i + 1) * length, end), mask=i < pieces)
         # Negative for a piece that begins its sequence: -1 where it is all of it, else -2 - slot.
         tl.store(to + 3, tl.where(slot < 0, -1, tl.where(i == 0, -2 - slot, slot + i * length)), mask=i < pieces)
+        tl.store(to + 4, start, mask=i < pieces)
+        tl.store(to + 5, queries, mask=i < pieces)
+        tl.store(to + 6, keys, mask=i < pieces)
     blocks = tl.where(queries > FEW, (queries + BLOCK - 1) // BLOCK, 0)
     at = tl.cumsum(blocks, 0) - blocks
     for i in range(tl.max(blocks, 0)):
         # The last block sees the most keys: it starts first.
-        to = BLOCKS + (at + blocks - 1 - i) * 2
+        to = BLOCKS + (at + blocks - 1 - i) * 4
         tl.store(to, b, mask=i < blocks)
-        tl.store(to + 1, i * BLOCK, mask=i < blocks)
+        tl.store(to + 1, start + i * BLOCK, mask=i < blocks)
+        tl.store(to + 2, tl.minimum(queries - i * BLOCK, BLOCK), mask=i < blocks)
+        tl.store(to + 3, keys - queries + i * BLOCK, mask=i < blocks)
     tl.store(COUNTS, tl.sum(pieces, 0))
     tl.store(COUNTS + 1, tl.sum(blocks, 0))
 
@@ -68,11 +75,13 @@ def _plan(
 class Plan:
     """The work lists of one padded batch; int32, on the device.
 
-    pieces: [slots + batch, 4] sequence, first split, end split, and where the scratch keeps the first of them: -1 for a
-    whole sequence, which keeps nothing, -2 - slot for a sequence's first piece, which keeps its merged splits in one
-    slot. blocks: [tokens // block + batch, 2] sequence, first query token. sequences: [batch, 4] scratch slot, splits
-    per piece, splits. counts: [2] how many pieces and blocks there are. few: sequences of up to so many query tokens
-    are pieces. block: query tokens per block.
+    pieces: [slots + batch, 8] sequence, first split, end split, where the scratch keeps the first of them, first row of
+    its queries, how many, keys, unused. The scratch: -1 for a whole sequence, which keeps nothing, -2 - slot for a
+    sequence's first piece, which keeps its merged splits in one slot. blocks: [tokens // block + batch, 4] sequence,
+    first row, rows, position of the first. sequences: [batch, 8] scratch slot, splits per piece, splits, first
+    row, rows.
+    counts: [2] how many pieces and blocks there are. few: sequences of up to so many query tokens are pieces.
+    block: query tokens per block.
     """
 
     batch: int
@@ -97,7 +106,7 @@ class Plan:
 
         return cls(
             batch, tokens, few, block, slots, capacity,
-            table(slots + batch, 4), table(tokens // block + batch, 2), table(batch, 4), table(1, 2)[0],
+            table(slots + batch, 8), table(tokens // block + batch, 4), table(batch, 8), table(1, 2)[0],
         )  # fmt: skip
 
     def part(self, batch: int, tokens: int, slots: int) -> Plan:

@@ -53,7 +53,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["bt_stride"])
 def prefill(
-    Q, K, V, K_TILES, V_TILES, O, SINKS, BLOCKS, COUNTS, QUERY_START, KV_LEN, PAGE_TABLE, c, tanh_scale, log2e,
+    Q, K, V, K_TILES, V_TILES, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e,
     bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINK: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
@@ -62,17 +62,17 @@ def prefill(
     block = tl.program_id(0)
     head = tl.program_id(1)
     if block < tl.load(COUNTS + 1):
-        b = tl.load(BLOCKS + block * 2)
-        token = tl.load(BLOCKS + block * 2 + 1) + tl.arange(0, ROWS)
-        first = tl.load(BLOCKS + block * 2 + 1)
-        start = tl.load(QUERY_START + b)
-        queries = tl.load(QUERY_START + b + 1) - start
-        keys = tl.load(KV_LEN + b)
+        b = tl.load(BLOCKS + block * 4)
+        start = tl.load(BLOCKS + block * 4 + 1)
+        rows = tl.load(BLOCKS + block * 4 + 2)
+        oldest = tl.load(BLOCKS + block * 4 + 3)
+        keys = oldest + rows
+        row = tl.arange(0, ROWS)
         kv = head // GROUP
-        real = token < queries
-        position = keys - queries + token
+        real = row < rows
+        position = oldest + row
         d = tl.arange(0, D)
-        at = (start + token).to(tl.int64)
+        at = (start + row).to(tl.int64)
         q = tl.load(Q + (at * q_token + head * D)[:, None] + d[None, :], mask=real[:, None], other=0.0)
         pages = PAGE_TABLE + b.to(tl.int64) * bt_stride
         m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -81,8 +81,7 @@ def prefill(
         M = m
         L = l
         A = acc
-        oldest = keys - queries + first
-        end = (keys - queries + tl.minimum(first + ROWS, queries) - 1) // T + 1
+        end = (keys - 1) // T + 1
         if WINDOW > 0:
             begin = tl.maximum(oldest - WINDOW + 1, 0) // T
             plain = begin

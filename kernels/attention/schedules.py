@@ -45,7 +45,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prefill kernel's launch. warp_specialised: prefill_ws, else prefill. rows: query tokens of one program."""
+    """A prefill kernel's launch. warp_specialised: prefill_ws, else prefill. rows: query tokens of one program.
+
+    head_major: blocks of one head run side by side, which keeps its keys in the L2 cache; else heads of one block.
+    """
 
     name: str
     warp_specialised: bool = False
@@ -53,6 +56,7 @@ class Prefill:
     warps: int = 8
     stages: int = 2
     tma: bool = False
+    head_major: bool = True
 
     def eligible(self, tree: Tree, heads: Heads, hopper: bool) -> bool:
         whole_tiles = heads.page % tree.tile == 0
@@ -69,11 +73,16 @@ REFERENCE = Prefill("reference", rows=64, warps=4, stages=1)
 DECODE = (
     Decode("decode-tma", stages=3, tma=True, per_sm=1),
     Decode("decode", many=True),
+    Decode("decode-tma-2", tma=True, many=True),
+    Decode("decode-32-tma", rows=32, tma=True, per_sm=1),
+    Decode("decode-32", rows=32, per_sm=1),
+    Decode("decode-64-tma-8", rows=64, warps=8, tma=True, per_sm=1),
     Decode("decode-64-tma", rows=64, tma=True, per_sm=1),
     Decode("decode-64", rows=64, per_sm=1),
 )
 PREFILL = (
     Prefill("prefill-ws", warp_specialised=True),
+    Prefill("prefill-ws-blocks", warp_specialised=True, head_major=False),
     Prefill("prefill-tma", tma=True),
     Prefill("prefill"),
     Prefill("prefill-64", rows=64, warps=4),

@@ -66,9 +66,9 @@ def run(
     kv_len = torch.tensor([keys for keys, _ in batch], dtype=torch.int32)
     plan = attention.plan(len(batch), len(q), max(n for _, n in batch), decode, prefill)
     plan.slots = 7
-    plan.pieces = torch.zeros(7 + len(batch), 4, dtype=torch.int32)
+    plan.pieces = torch.zeros(7 + len(batch), 8, dtype=torch.int32)
     plan.fill(start, kv_len, tree.split, tree.window)
-    batch_ = Batch(q, out, sequences.table, start, kv_len, plan, sinks)
+    batch_ = Batch(q, out, sequences.table, plan, sinks)
     attention.run(batch_, sequences.cache, decode, prefill)
     return list(out.split([n for _, n in batch])), sequences
 

@@ -88,8 +88,6 @@ class OneTreeMetadata(AttentionMetadata):
     """One step's batch, for all layers of a group. Tensors are vLLM's persistent ones, padded."""
 
     num_actual_tokens: int
-    query_start: torch.Tensor
-    kv_len: torch.Tensor
     page_table: torch.Tensor
     plan: Plan
     decode: Decode
@@ -171,10 +169,8 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         plan.fill(common.query_start_loc, common.seq_lens, tree.split, tree.window)
         # A graph captured for one token a sequence is replayed for such batches alone.
         only_decodes = common.max_query_len <= plan.few
-        return OneTreeMetadata(
-            common.num_actual_tokens, common.query_start_loc, common.seq_lens, common.block_table_tensor, plan, decode,
-            None if only_decodes else prefill,
-        )  # fmt: skip
+        chosen = None if only_decodes else prefill
+        return OneTreeMetadata(common.num_actual_tokens, common.block_table_tensor, plan, decode, chosen)
 
 
 class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
@@ -240,6 +236,6 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
             self._attention = _attention(self.tree, heads, query.device)
         step, shape = attn_metadata, (attn_metadata.num_actual_tokens, self.num_heads, self.head_size)
         q, out = query[: shape[0]].view(shape), output[: shape[0]].view(shape)
-        batch = Batch(q, out, step.page_table, step.query_start, step.kv_len, step.plan, self.sinks)
+        batch = Batch(q, out, step.page_table, step.plan, self.sinks)
         self._attention.run(batch, self._cache(kv_cache), step.decode, step.prefill)
         return output
