@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["bit_reference", "error_bound", "exact"]
+__all__ = ["bit_reference", "count_differing", "error_bound", "exact"]
 
 _BLOCK = 64
 
@@ -42,6 +42,29 @@ def bit_reference(
         grid = (triton.cdiv(m, _BLOCK), triton.cdiv(n, _BLOCK))
         _plain_kernel[grid](x, weight, weight if bias is None else bias, y, m, n, k, _BLOCK, bias is not None)
     return y
+
+
+@triton.jit(do_not_specialize=["elements"])
+def _compare_kernel(y, want, found, elements, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(y + at, mask=at < elements, other=0.0)
+    b = tl.load(want + at, mask=at < elements, other=0.0)
+    other = a.to(BITS, bitcast=True) != b.to(BITS, bitcast=True)
+    numbers = (a.to(tl.float32) == a.to(tl.float32)) | (b.to(tl.float32) == b.to(tl.float32))
+    wrong = tl.sum((other & numbers).to(tl.int32))
+    if wrong > 0:
+        tl.atomic_add(found, wrong.to(tl.int64))  # integers: any order
+    tl.store(y + at, tl.full((BLOCK,), 7.0, tl.float32).to(y.dtype.element_ty), mask=at < elements)
+
+
+def count_differing(y: torch.Tensor, want: torch.Tensor, found: torch.Tensor) -> None:
+    """Adds to found, [1] int64, how many elements of y have other bits than want's, and fills y with 7.
+
+    y, want: contiguous, of one shape and floating type. A NaN equals a NaN: its payload is not part of an answer. -0
+    and +0 are two answers. One pass, since certification compares some ten thousand products.
+    """
+    bits = {2: tl.int16, 4: tl.int32}[y.element_size()]
+    _compare_kernel[(triton.cdiv(y.numel(), 4096),)](y, want, found, y.numel(), bits, 4096)
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
