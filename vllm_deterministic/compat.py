@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # (major, minor) of the vLLM releases each device is proved on.
-SUPPORTED: dict[str, tuple[str, ...]] = {"cpu": ("0.32",)}
+SUPPORTED: dict[str, tuple[str, ...]] = {"cpu": ("0.32",), "cuda": ("0.32", "0.33")}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ ENTRY_SEAMS = {
         _NEVER,
     ),
 }
+_WEIGHTS = Seam(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader.get_all_weights",
+    ("self", "model_config", "model"),
+    "the fingerprint names the weights: they are hashed on their way into the model",
+    "vLLM names its weights",
+)
 CPU_SEAMS = {
     "linear": Seam(
         "vllm.model_executor.layers.utils",
@@ -104,13 +111,7 @@ CPU_SEAMS = {
         "which of equal logprobs is named first depends on how many the neighbours ask for",
         "vLLM breaks ties by token id",
     ),
-    "weights": Seam(
-        "vllm.model_executor.model_loader.default_loader",
-        "DefaultModelLoader.get_all_weights",
-        ("self", "model_config", "model"),
-        "the fingerprint names the weights: they are hashed on their way into the model",
-        "vLLM names its weights",
-    ),
+    "weights": _WEIGHTS,
 }
 _ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
 _COMPILED_SUM = "the compiler chooses the order of a norm's sum anew in every compilation"
@@ -175,6 +176,14 @@ GPU_SEAMS = {
         "a model may multiply matrices outside of its linear layers",
         "vLLM lets a plugin look at the traced graph",
     ),
+    "clean_pages": Seam(
+        "vllm.v1.kv_cache_interface",
+        "KVCacheConfig.needs_kv_cache_zeroing",
+        ("self",),
+        "a page holds what its last owner left behind the sequence's end: a NaN there would reach its next owner",
+        "an attention backend can ask for cleared pages",
+    ),
+    "weights": _WEIGHTS,
 }
 _EARLY = "refuses a request before its stream has begun"
 _LATE_CHECK = "Platform.validate_request runs before the response starts"
@@ -275,6 +284,8 @@ def probe(seam: Seam) -> Callable[..., Any]:
     """The seam's present function. Raises SeamError where it is missing or lacks a parameter we rely on."""
     owner, last = seam.holder()
     function = getattr(owner, last)
+    if isinstance(function, property):
+        function = function.fget
     have = tuple(inspect.signature(inspect.unwrap(function)).parameters)
     if have[: len(seam.parameters)] != seam.parameters:
         raise SeamError(f"{seam.name} of vLLM {vllm_version()} has changed: expected {seam.parameters}, found {have}")
@@ -285,8 +296,10 @@ def install(seam: Seam, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     """Replaces the seam's function by `wrap(function)`, once per process. Raises SeamError as `probe` does."""
     owner, last = seam.holder()
     raw = inspect.getattr_static(owner, last)
-    if getattr(getattr(owner, last), "_vllm_deterministic", False):
+    kind = next((kind for kind in (staticmethod, property) if isinstance(raw, kind)), None)
+    present = probe(seam)
+    if getattr(present, "_vllm_deterministic", False):
         return
-    replacement = wrap(probe(seam))
+    replacement = wrap(present)
     replacement._vllm_deterministic = True  # type: ignore[attr-defined]
-    setattr(owner, last, staticmethod(replacement) if isinstance(raw, staticmethod) else replacement)
+    setattr(owner, last, kind(replacement) if kind else replacement)

@@ -36,8 +36,6 @@ def findings() -> Iterator[Finding]:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "deterministic" not in allowed.split(","):
         yield Finding("VLLM_PLUGINS", f"{allowed!r} leaves the plugin out: add 'deterministic'", True)
-    for refusal in policy.environment_refusals(os.environ):
-        yield Finding("environment", str(refusal), True)
     try:
         yield Finding("vLLM", compat.vllm_version())
         from vllm.platforms import current_platform
@@ -54,8 +52,13 @@ def findings() -> Iterator[Finding]:
         compat.require_version(device)
     except SeamError as reason:
         yield Finding("vLLM", str(reason), True)
+    if device == "cuda":
+        yield _card()
+    for refusal in policy.environment_refusals(device, os.environ):
+        yield Finding("environment", str(refusal), True)
+    of_device = compat.GPU_SEAMS if device == "cuda" else compat.CPU_SEAMS
     for seam in chain.from_iterable(
-        seams.values() for seams in (compat.ENTRY_SEAMS, compat.REQUEST_SEAMS, compat.WIRE_SEAMS, compat.CPU_SEAMS)
+        seams.values() for seams in (compat.ENTRY_SEAMS, compat.REQUEST_SEAMS, compat.WIRE_SEAMS, of_device)
     ):
         try:
             compat.probe(seam)
@@ -67,8 +70,18 @@ def findings() -> Iterator[Finding]:
     yield Finding("model architectures", ", ".join(sorted(policy.ARCHITECTURES[device])))
     yield Finding("dtypes", ", ".join(sorted(policy.DTYPES[device])))
     yield Finding("refused: not proved", ", ".join(policy.refused_features()))
-    for name, (_, why) in policy.ENVIRONMENT.items():
+    for name, (_, why) in policy.ENVIRONMENT[device].items():
         yield Finding(f"refused: {name}", why)
+
+
+def _card() -> Finding:
+    """The card, without starting CUDA in this process."""
+    from vllm.platforms import current_platform
+
+    name, capability = current_platform.get_device_name(), current_platform.get_device_capability()
+    proved = capability is not None and (capability.major, capability.minor) in policy.CARDS
+    known = ", ".join(policy.CARDS.values())
+    return Finding("card", name if proved else f"{name}: not proved (proved: {known})", not proved)
 
 
 def add_parser(subparsers: Any) -> None:

@@ -41,8 +41,13 @@ class Refusal:
 
 
 # --- what the engine may be -------------------------------------------------------------------------------------
-ARCHITECTURES = {"cpu": frozenset({"LlamaForCausalLM"})}
-DTYPES = {"cpu": frozenset({"bfloat16", "float32"})}
+ARCHITECTURES = {
+    "cpu": frozenset({"LlamaForCausalLM"}),
+    "cuda": frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
+}
+DTYPES = {"cpu": frozenset({"bfloat16", "float32"}), "cuda": frozenset({"bfloat16", "float16"})}
+# Compute capability -> the name of the family whose kernels are proved to be on the trees.
+CARDS = {(9, 0): "Hopper"}
 
 # Option -> the values it may take; ANY where every value gives the same bits, or is part of the fingerprint.
 ANY: Collection[Any] | None = None
@@ -54,7 +59,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
         "reasoning_parser reasoning_parser_plugin structured_outputs_config skip_tokenizer_init".split(),
         ANY,
     ),
-    "dtype": ("auto", "bfloat16", "float32"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
     "load_format": ("auto", "safetensors", "hf", "pt", "dummy"),
@@ -76,7 +81,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
         "renderer_num_workers _api_process_count _api_process_rank".split(),
         ANY,
     ),
-    "async_scheduling": (None, False),
+    "async_scheduling": (None, False, True),
     "block_size": (None, 128),  # the fixed KV-cache page
     "distributed_executor_backend": (None, "mp", "uni"),
     "worker_cls": ("auto",),
@@ -92,12 +97,24 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
     ),
 }
 
-# Environment variable -> the values under which it may be set.
-ENVIRONMENT: dict[str, tuple[frozenset[str], str]] = {
-    "VLLM_BATCH_INVARIANT": (frozenset({"", "0"}), "vLLM's own mode replaces the operators that this plugin brings"),
-    "VLLM_USE_RUST_FRONTEND": (frozenset({"", "0"}), "the Rust front end bypasses the checks of requests"),
-    "VLLM_USE_V2_MODEL_RUNNER": (frozenset({"", "0"}), "the V2 runner is not proved on CPU"),
-    "VLLM_CPU_ATTN_SPLIT_KV": (frozenset({"", "0"}), "where the KV cache is split depends on the neighbours"),
+_OFF = frozenset({"", "0"})
+_ON = frozenset({"", "1"})
+_EVERYWHERE = {
+    "VLLM_BATCH_INVARIANT": (_OFF, "vLLM's own mode replaces the operators that this plugin brings"),
+    "VLLM_USE_RUST_FRONTEND": (_OFF, "the Rust front end bypasses the checks of requests"),
+}
+# Device -> environment variable -> the values under which it may be set.
+ENVIRONMENT: dict[str, dict[str, tuple[frozenset[str], str]]] = {
+    "cpu": {
+        **_EVERYWHERE,
+        "VLLM_USE_V2_MODEL_RUNNER": (_OFF, "the V2 runner is not proved on CPU"),
+        "VLLM_CPU_ATTN_SPLIT_KV": (_OFF, "where the KV cache is split depends on the neighbours"),
+    },
+    "cuda": {
+        **_EVERYWHERE,
+        "VLLM_USE_V2_MODEL_RUNNER": (_ON, "the V1 runner is not proved on CUDA"),
+        "VLLM_USE_FLASHINFER_SAMPLER": (_OFF, "it samples by the neighbours' parameters"),
+    },
 }
 
 _KNOWN_FEATURES = {
@@ -177,11 +194,11 @@ def engine_refusals(stated: Mapping[str, Any]) -> list[Refusal]:
     return found
 
 
-def environment_refusals(environ: Mapping[str, str]) -> list[Refusal]:
-    """Refusals of environment variables."""
+def environment_refusals(device: str, environ: Mapping[str, str]) -> list[Refusal]:
+    """Refusals of environment variables, on a device that is proved."""
     return [
         Refusal(f"{name}={environ[name]}", reason, f"Unset {name}")
-        for name, (harmless, reason) in ENVIRONMENT.items()
+        for name, (harmless, reason) in ENVIRONMENT[device].items()
         if environ.get(name, "") not in harmless
     ]
 
@@ -189,7 +206,8 @@ def environment_refusals(environ: Mapping[str, str]) -> list[Refusal]:
 def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     """Refusals of what vLLM made of the options.
 
-    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal.
+    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal; on
+    CUDA also capability and executor.
     """
     device = facts["device"]
     if device not in ARCHITECTURES:
@@ -210,6 +228,8 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     if facts["dtype"] not in DTYPES[device]:
         known = ", ".join(sorted(DTYPES[device]))
         found.append(Refusal(f"--dtype {facts['dtype']}", f"it is not proved on {device}", f"Proved: {known}"))
+    if device == "cuda":
+        found += _card_refusals(facts)
     for fact, what in (
         ("quantization", "a quantised model"),
         ("is_moe", "a mixture-of-experts model"),
@@ -219,6 +239,19 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
             found.append(
                 Refusal(f"{fact} {facts[fact]}", f"{what} is not proved", "Serve a dense text model in bf16 or f32")
             )
+    return found
+
+
+def _card_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
+    found = []
+    if tuple(facts["capability"]) not in CARDS:
+        known = ", ".join(f"{name} ({major}.{minor})" for (major, minor), name in CARDS.items())
+        what = f"a card of compute capability {facts['capability'][0]}.{facts['capability'][1]}"
+        found.append(Refusal(what, "its kernels are not proved to be on the trees", f"Proved: {known}"))
+    if facts["executor"] != "uni":
+        # Pages of the KV cache are cleared by the scheduler's and the worker's halves together: one process.
+        option = f"--distributed-executor-backend {facts['executor']}"
+        found.append(Refusal(option, "it is not proved on CUDA", "Leave it out: one card is served by one process"))
     return found
 
 

@@ -21,7 +21,7 @@ SERVED = {
 def test_what_is_proved_is_served() -> None:
     assert policy.resolved_refusals(SERVED) == []
     assert policy.engine_refusals({"model": "m", "max_num_seqs": 8, "dtype": "float32", "block_size": 128}) == []
-    assert policy.environment_refusals({"VLLM_BATCH_INVARIANT": "0", "PATH": "x"}) == []
+    assert policy.environment_refusals("cpu", {"VLLM_BATCH_INVARIANT": "0", "PATH": "x"}) == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_is_proved_is_served() -> None:
         ("logits_processors", ["x"], "logits processors"),
         ("runner", "pooling", "--runner"),
         ("block_size", 64, "128"),
-        ("dtype", "float16", "bfloat16"),
+        ("dtype", "float64", "bfloat16"),
         ("worker_cls", "my.Worker", "worker class"),
         ("compilation_config", {"mode": 0}, "compilation configuration"),
         ("option_of_a_later_vllm", "on", "--option-of-a-later-vllm"),
@@ -51,16 +51,29 @@ def test_engine_options_off_the_list(option: str, value: object, named: str) -> 
         policy.refuse(policy.engine_refusals({option: value}))
 
 
-@pytest.mark.parametrize("name", sorted(policy.ENVIRONMENT))
-def test_environment(name: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "name"), [(device, name) for device, names in policy.ENVIRONMENT.items() for name in sorted(names)]
+)
+def test_environment(device: str, name: str) -> None:
+    harmless, _ = policy.ENVIRONMENT[device][name]
     with pytest.raises(UnsupportedError, match=f"Unset {name}"):
-        policy.refuse(policy.environment_refusals({name: "1"}))
+        policy.refuse(policy.environment_refusals(device, {name: "0" if "1" in harmless else "1"}))
+
+
+def test_a_card_of_another_family_and_another_executor() -> None:
+    card = {**SERVED, "device": "cuda", "capability": (9, 0), "executor": "uni"}
+    assert policy.resolved_refusals(card) == []
+    (refusal,) = policy.resolved_refusals({**card, "capability": (8, 0)})
+    assert "8.0" in str(refusal)
+    assert "Hopper" in str(refusal)
+    (refusal,) = policy.resolved_refusals({**card, "executor": "mp"})
+    assert "--distributed-executor-backend mp" in str(refusal)
 
 
 @pytest.mark.parametrize(
     ("fact", "value"),
     [
-        ("device", "cuda"),
+        ("device", "xpu"),
         ("dtype", "float16"),
         ("architecture", "MixtralForCausalLM"),
         ("runner", "pooling"),

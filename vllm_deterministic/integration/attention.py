@@ -31,8 +31,11 @@ from vllm_deterministic.kernels.attention.plan import Plan
 from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
 from vllm_deterministic.kernels.attention.store import store
 from vllm_deterministic.kernels.attention.tree import HEAD_SIZES, Tree, tree_for
+from vllm_deterministic.kernels.certificates import Certificate
 
-__all__ = ["OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certify_model"]
+__all__ = [
+    "PAGE", "OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certified", "certify_model",
+]  # fmt: skip
 
 logger = logging.getLogger("vllm.deterministic")
 
@@ -41,6 +44,7 @@ PAGE = 128  # slots: whole tiles of every head size
 CERTIFIED_CONTEXT = 8192 + 17
 # (head size, window, heads) -> the schedules that every layer of such a group may run.
 _allowed: dict[tuple[int, int, Heads], set[str]] = {}
+_certified: dict[tuple[Tree, Heads], Certificate] = {}
 # Scratch between two kernels of one layer; layers of one shape run one after the other.
 _scratch: dict[tuple[torch.device, int, int], Scratch] = {}
 
@@ -76,11 +80,23 @@ def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int
     }
     for tree, heads in layers:
         attention = Attention(tree, heads, device, _shared_scratch(device, heads.query, tree.head_size))
-        found = certify.prepare(attention, dtype, min(max_model_len, CERTIFIED_CONTEXT))
+        found = _certified[tree, heads] = certify.prepare(attention, dtype, min(max_model_len, CERTIFIED_CONTEXT))
         logger.info("attention %s: certified %s, dropped %s", heads, sorted(found.schedules), sorted(found.dropped))
         key = (tree.head_size, tree.window, heads)
         _allowed[key] = set(found.schedules) & _allowed.get(key, set(found.schedules))
     torch.cuda.empty_cache()  # what certification used must not count against the KV cache
+
+
+def certified() -> list[dict[str, Any]]:
+    """What this worker certified: layer shapes, schedules, and what was dropped."""
+    return [
+        {
+            "operator": "attention", "head_size": tree.head_size, "window": tree.window, "query_heads": heads.query,
+            "kv_heads": heads.kv, "page": heads.page, "schedules": sorted(found.schedules),
+            "dropped": dict(found.dropped),
+        }
+        for (tree, heads), found in _certified.items()
+    ]  # fmt: skip
 
 
 @dataclass

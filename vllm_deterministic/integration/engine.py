@@ -6,12 +6,22 @@ import dataclasses
 import os
 from typing import Any
 
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
 from vllm_deterministic import compat, policy
 from vllm_deterministic.contract import Settings
 
 __all__ = ["arm_front_end", "prepare", "resolved_facts", "stated_options"]
 
-CPU_WORKER = "vllm_deterministic.integration.cpu_worker.DeterministicCPUWorker"
+WORKERS = {
+    "cpu": "vllm_deterministic.integration.cpu_worker.DeterministicCPUWorker",
+    "cuda": "vllm_deterministic.integration.gpu_worker.DeterministicGPUWorker",
+}
+SEAMS = {"cpu": compat.CPU_SEAMS, "cuda": compat.GPU_SEAMS}
+
+
+# Options that `prepare` sets.
+_OURS: dict[str, set[Any]] = {"worker_cls": set(WORKERS.values()), "attention_backend": {AttentionBackendEnum.CUSTOM}}
 
 
 def stated_options(engine_args: Any) -> dict[str, Any]:
@@ -20,8 +30,8 @@ def stated_options(engine_args: Any) -> dict[str, Any]:
     stated = {}
     for field in dataclasses.fields(engine_args):
         value = getattr(engine_args, field.name)
-        if field.name == "worker_cls" and value == CPU_WORKER:
-            continue  # ours, from an earlier pass over the same arguments
+        if value in _OURS.get(field.name, ()):
+            continue  # from an earlier pass over the same arguments
         # The command line hands over None where nothing was said, whatever the field's own default is.
         if value is not None and value != getattr(default, field.name):
             stated[field.name] = str(value).removeprefix("torch.") if field.name == "dtype" else value
@@ -29,10 +39,10 @@ def stated_options(engine_args: Any) -> dict[str, Any]:
 
 
 def prepare(engine_args: Any) -> None:
-    """Checks device, vLLM version and environment, and names our worker.
+    """Checks device, vLLM version and environment, and names our worker and attention backend.
 
-    The worker is named, not patched: where this package is missing in a worker process, the name does not resolve and
-    the engine does not start. Raises SeamError or UnsupportedError.
+    They are named, not patched: where this package is missing in a worker process, the name does not resolve and the
+    engine does not start. Raises SeamError or UnsupportedError.
     """
     from vllm.platforms import current_platform
 
@@ -40,16 +50,23 @@ def prepare(engine_args: Any) -> None:
     if device not in policy.ARCHITECTURES:
         policy.refuse(policy.resolved_refusals({"device": device}))
     compat.require_version(device)
-    policy.refuse(policy.environment_refusals(os.environ))
-    for seam in (*compat.CPU_SEAMS.values(), *compat.REQUEST_SEAMS.values(), *compat.WIRE_SEAMS.values()):
+    policy.refuse(policy.environment_refusals(device, os.environ))
+    for seam in (*SEAMS[device].values(), *compat.REQUEST_SEAMS.values(), *compat.WIRE_SEAMS.values()):
         compat.probe(seam)
-    engine_args.worker_cls = CPU_WORKER
+    engine_args.worker_cls = WORKERS[device]
+    if device == "cuda":
+        from vllm_deterministic.integration import attention
+
+        attention.arm()
+        engine_args.attention_backend = AttentionBackendEnum.CUSTOM
+        engine_args.block_size = attention.PAGE
 
 
 def resolved_facts(config: Any) -> dict[str, Any]:
     """The policy's facts of a VllmConfig."""
     model = config.model_config
     return {
+        **_card_facts(config),
         "device": config.device_config.device_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "architecture": model.architecture,
@@ -58,6 +75,17 @@ def resolved_facts(config: Any) -> dict[str, Any]:
         "is_moe": model.is_moe,
         "is_multimodal": model.is_multimodal_model,
     }
+
+
+def _card_facts(config: Any) -> dict[str, Any]:
+    if config.device_config.device_type != "cuda":
+        return {}
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    assert capability is not None
+    executor = str(config.parallel_config.distributed_executor_backend)
+    return {"capability": (capability.major, capability.minor), "executor": executor}
 
 
 def arm_front_end(config: Any, settings: Settings) -> None:

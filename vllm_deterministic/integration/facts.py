@@ -18,7 +18,7 @@ from vllm_deterministic.contract import Settings
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.serving.fingerprint import Fingerprint, Numerics, digest_of
 
-__all__ = ["cpu_architecture", "fingerprint", "model_code", "tokenizer_digest"]
+__all__ = ["cpu_architecture", "fingerprint", "gpu_architecture", "model_code", "tokenizer_digest"]
 
 # What chooses a CPU kernel: instructions, and the cache size, by which vLLM's attention cuts its key blocks.
 _INSTRUCTIONS = ("avx", "amx", "fma", "f16c")
@@ -42,6 +42,12 @@ def cpu_architecture() -> dict[str, Any]:
         "l2_cache_bytes": have["l2_cache_size"],
         **{name.lower(): os.environ[name] for name in _ISA_VARIABLES if name in os.environ},
     }
+
+
+def gpu_architecture(device: torch.device) -> dict[str, Any]:
+    """Family of this card: kernels are compiled for it, and what they sum in one instruction is its own."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"machine": "cuda", "capability": f"{major}.{minor}"}
 
 
 def model_code(model: Any) -> dict[str, str]:
@@ -68,6 +74,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of([definition, special, flags])
 
 
+def _compiler(device: str) -> dict[str, str]:
+    if device == "cpu":
+        return {}
+    import triton
+
+    return {"triton": triton.__version__}
+
+
 def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint of a VllmConfig, the HTTP server's arguments and the worker's report."""
     from vllm.renderers.chat_utils import load_chat_template
@@ -86,7 +100,7 @@ def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any
         dtype=str(model.dtype).removeprefix("torch."),
         model_code=worker["model_code"],
         compile_mode=compilation.mode.name.lower(),
-        libraries={"vllm": compat.vllm_version(), "torch": torch.__version__},
+        libraries={"vllm": compat.vllm_version(), "torch": torch.__version__, **_compiler(device)},
     )
     return Fingerprint(
         numerics=numerics,

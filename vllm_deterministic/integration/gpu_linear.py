@@ -14,12 +14,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.kernels.certificates import Certificate
 from vllm_deterministic.kernels.gemm import dispatch
 from vllm_deterministic.kernels.gemm.tree import Problem
 
-__all__ = ["arm", "certify_model", "problems"]
+__all__ = ["arm", "certified", "certify_model", "problems"]
 
 logger = logging.getLogger("vllm.deterministic")
+_certified: dict[Problem, Certificate] = {}
 
 
 def arm() -> None:
@@ -66,8 +68,16 @@ def certify_model(model: torch.nn.Module, max_num_batched_tokens: int, max_num_s
     rows = {**dict.fromkeys(heads, max_num_seqs), **dict.fromkeys(layers, max_num_batched_tokens)}
     start = time.perf_counter()
     for problem, most in track(rows.items(), description="certifying linear layers"):
-        found = dispatch.prepare(problem, most, device)
+        found = _certified[problem] = dispatch.prepare(problem, most, device)
         said = (problem, len(found.schedules), len(found.dropped))
         logger.info("linear layer %s: %d schedules certified, %d dropped", *said)
     torch.cuda.empty_cache()  # what certification used must not count against the KV cache
     logger.info("%d linear layer shapes certified in %.1f s", len(rows), time.perf_counter() - start)
+
+
+def certified() -> list[dict[str, Any]]:
+    """What this worker certified: shapes, schedules, and what was dropped."""
+    return [
+        {"operator": "linear", **problem.shape, "schedules": sorted(found.schedules), "dropped": dict(found.dropped)}
+        for problem, found in _certified.items()
+    ]

@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_deterministic.integration import audit, gpu_linear, gpu_norm, gpu_sampler
+from vllm_deterministic import compat
+from vllm_deterministic.integration import attention, audit, facts, gpu_linear, gpu_norm, gpu_sampler, weights
 
 __all__ = ["DeterministicGPUWorker"]
 
@@ -19,21 +20,30 @@ class DeterministicGPUWorker(Worker):
         gpu_linear.arm()
         gpu_norm.arm()
         gpu_sampler.arm(self.vllm_config)
+        attention.arm()
         audit.arm()
+        weights.arm()
+        compat.install(compat.GPU_SEAMS["clean_pages"], lambda original: lambda self: True)
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        scheduler = self.vllm_config.scheduler_config
-        gpu_linear.certify_model(
-            self.model_runner.get_model(),
-            scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
-            self.model_runner.device,
-        )
+        config, model, device = self.vllm_config, self.model_runner.get_model(), self.model_runner.device
+        scheduler = config.scheduler_config
+        gpu_linear.certify_model(model, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
+        attention.certify_model(model, self.model_runner.dtype, config.model_config.max_model_len, device)
 
     def determine_available_memory(self) -> int:
         # The first run of the model. A compiled one is audited as a graph, an eager one operator by operator.
         eager = self.vllm_config.model_config.enforce_eager
         with audit.NoBareProducts() if eager else nullcontext():
             return int(super().determine_available_memory())
+
+    def deterministic_report(self) -> dict[str, Any]:
+        """What only the worker knows of the fingerprint and of GET /deterministic."""
+        return {
+            "weights": weights.digest(self.vllm_config.load_config.load_format),
+            "model_code": facts.model_code(self.model_runner.get_model()),
+            "architecture": facts.gpu_architecture(self.model_runner.device),
+            "certified": [*gpu_linear.certified(), *attention.certified()],
+        }
