@@ -7,6 +7,7 @@ and one tree; anything else is a reason to certify again. A cache that cannot be
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -16,8 +17,9 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Certificate", "cache_dir", "digest", "intervals", "load", "store"]
+__all__ = ["Certificate", "cache_dir", "card", "digest", "intervals", "load", "store"]
 
 logger = logging.getLogger("vllm.deterministic")
 
@@ -52,6 +54,33 @@ def digest(content: object) -> str:
     """sha256 of a value's canonical JSON, in hex."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def card(device: Any, sources: Path) -> dict[str, str]:
+    """What a CUDA schedule's bits may depend on: the card, its driver, what compiles for it, and the Python sources in
+    a folder."""
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "card": properties.name,
+        "uuid": str(properties.uuid),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": digest([path.read_text() for path in sorted(sources.glob("*.py"))]),
+    }
+
+
+def _driver() -> str:
+    """The kernel driver's own line; where a container hides it, the CUDA version that the driver speaks."""
+    path = Path("/proc/driver/nvidia/version")
+    if path.exists():
+        return path.read_text().splitlines()[0]
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value}"
 
 
 def intervals(counts: Iterable[int]) -> list[tuple[int, int]]:

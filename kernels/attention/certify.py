@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import triton
 
 from vllm_deterministic.errors import CertificationError
 
@@ -27,7 +26,7 @@ from .reference import exact
 from .schedules import DECODE, PREFILL, REFERENCE, Decode, Prefill
 from .tree import Tree
 
-__all__ = ["KINDS", "Sequences", "certify", "edges", "machine", "prepare"]
+__all__ = ["KINDS", "Sequences", "certify", "edges", "prepare"]
 
 KINDS = ("normal", "heavy", "cancelling", "poison")
 _STALE = 3e4  # finite, and would be seen
@@ -166,27 +165,17 @@ def _cuts(sequences: Sequences, rng: random.Random) -> Iterable[list[Stretch]]:
         yield batch
 
 
-def machine(device: torch.device | str) -> dict[str, str]:
-    """What the bits of a schedule may depend on: the card, what compiles for it, and the sources here."""
-    properties = torch.cuda.get_device_properties(device)
-    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return {
-        "card": properties.name,
-        "uuid": str(properties.uuid),
-        "driver": str(torch._C._cuda_getDriverVersion()),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "sources": certificates.digest(sources),
-    }
-
-
 def prepare(attention: Attention, dtype: torch.dtype, longest: int) -> Certificate:
     """This machine's certificate, cached or made now; `attention` may run what it names from here on.
 
     Raises CertificationError where no decode or no prefill schedule is on the tree.
     """
     wanted = Certificate(
-        "attention", attention.tree.digest, _shape(attention, dtype, longest), machine(attention.device), {}
+        "attention",
+        attention.tree.digest,
+        _shape(attention, dtype, longest),
+        certificates.card(attention.device, Path(__file__).parent),
+        {},
     )
     found = certificates.load(wanted.key)
     if found is None:

@@ -35,28 +35,11 @@ Reference = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.d
 
 @functools.cache
 def machine(device: int) -> dict[str, str]:
-    """What the bits of a schedule may depend on: the card, its driver, the libraries and their sources here."""
-    import triton
+    """What the bits of a schedule may depend on: the card, the libraries and their sources here."""
     from vllm_deterministic.kernels.gemm import cublaslt
 
-    properties = torch.cuda.get_device_properties(device)
-    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return {
-        "card": properties.name,
-        "uuid": str(properties.uuid),
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cublaslt": str(cublaslt.version()),
-        "workspace": "0",
-        "sources": certificates.digest(sources),
-    }
-
-
-def _driver() -> str:
-    """The kernel driver's own line; where a container hides it, the CUDA version that the driver speaks."""
-    path = Path("/proc/driver/nvidia/version")
-    return path.read_text().splitlines()[0] if path.exists() else str(torch._C._cuda_getDriverVersion())
+    card = certificates.card(device, Path(__file__).parent)
+    return {**card, "cublaslt": str(cublaslt.version()), "workspace": "0"}
 
 
 def row_counts(max_m: int) -> list[int]:

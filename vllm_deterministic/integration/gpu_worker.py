@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_deterministic import compat
@@ -29,9 +30,10 @@ class DeterministicGPUWorker(Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         config, model, device = self.vllm_config, self.model_runner.get_model(), self.model_runner.device
-        scheduler = config.scheduler_config
+        scheduler, dtype = config.scheduler_config, config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # resolved by now
         gpu_linear.certify_model(model, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
-        attention.certify_model(model, self.model_runner.dtype, config.model_config.max_model_len, device)
+        attention.certify_model(model, dtype, config.model_config.max_model_len, device)
 
     def determine_available_memory(self) -> int:
         # The first run of the model. A compiled one is audited as a graph, an eager one operator by operator.
