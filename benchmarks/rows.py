@@ -75,14 +75,15 @@ def graphed(calls: list[Call], before: Call = lambda: None) -> Callable[[], floa
     return measure
 
 
-def launched(call: Call, times: int = 20) -> Callable[[], float]:
+def launched(calls: list[Call], before: Call) -> Callable[[], float]:
     def measure() -> float:
+        before()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(times):
+        for call in calls:
             call()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / times
+        return (time.perf_counter() - start) / len(calls)
 
     return measure
 
@@ -114,9 +115,9 @@ def compiled(
 
 
 def norms(repeats: int) -> Iterator[dict[str, Any]]:
-    native, native_add = (
-        getattr(vllm.ir.ops, name).impls["native"].impl_fn for name in ("rms_norm", "fused_add_rms_norm")
-    )
+    from vllm import ir
+
+    native, native_add = (getattr(ir.ops, name).impls["native"].impl_fn for name in ("rms_norm", "fused_add_rms_norm"))
     most = TOKENS[-1]
     make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     cases: dict[str, tuple[Any, Any, list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -204,8 +205,12 @@ def sampler(repeats: int) -> Iterator[dict[str, Any]]:
             except Exception as reason:
                 print(f"{side} cannot be captured: {reason!r}")
         yield turns(f"sampler: {name}, {rows} rows", "us", repeats, measured)
-        if rows in (1, 64, 256) and name in ("greedy", "top-k 50, top-p 0.9"):
-            plain = {side: launched(partial(all_sides[side], work[0], *rest)) for side in ("default", "ours")}
+        if rows in (1, 64) and name in ("greedy", "top-k 50, top-p 0.9"):
+            work = [source.clone() for _ in range(16)]
+            plain = {
+                side: launched([partial(all_sides[side], x, *rest) for x in work], partial(restore, work, source))
+                for side in ("default", "ours")
+            }
             yield turns(f"sampler, launched: {name}, {rows} rows", "us", repeats, plain)
 
 

@@ -1,6 +1,6 @@
 """One token a row: the argmax of logit + Gumbel noise, ties to the lower token id.
 
-The noise of a token is a function of (seed, position, token): word token % 4 of Philox-4x32-10 (Salmon et al., 2011)
+The noise of a token is a function of (seed, position, token): word token % 4 of Philox-4x32-7 (Salmon et al., 2011)
 with the seed as key and (token // 4, position, 0) as counter. Every operation on it is rounded by itself (no fused
 multiply-add), so that logits of any dtype meet the same noise.
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row import clean, rank_of, token_of
+from .row import clean, logit_of, rank_of, token_of
 
 __all__ = ["draw"]
 
@@ -23,42 +23,41 @@ TILE = 4 * LANES
 def _gumbel(word):
     """-log(E), E = -log(1 - h) exponential, h = (word + 1/2) / 2^32.
 
-    The tail that wins is E near 0, where h has all its bits: there -log(1 - h) = 2 artanh(h / (2 - h)), by its series
-    (the next term is below 2^-32 of it at h = 1/4). h is kept below 1.
+    The tail that wins is E near 0, where h has all its bits: up to h = 1/64 -log(1 - h) is taken from its series (the
+    next term is below 2^-26 of it), from there on 1 - h is exact enough (2^-19). h is kept below 1.
     """
     h = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
-    s = h / (2.0 - h)
-    t = s * s
-    series = 2.0 * s * (1.0 + t * (1.0 / 3.0 + t * (0.2 + t * (1.0 / 7.0 + t * (1.0 / 9.0)))))
-    return -tl.log(tl.where(h < 0.25, series, -tl.log(1.0 - h)))
+    series = h * (1.0 + h * (0.5 + h * (1.0 / 3.0 + h * 0.25)))
+    return -tl.log(tl.where(h < 0.015625, series, -tl.log(1.0 - h)))
 
 
 @triton.jit
 def _draw_slice(
     X, x_row, THRESHOLDS, REQUESTS, TEMPERATURES, SEEDS, POSITIONS, BEST, vocab, slices, LANES: tl.constexpr
 ):  # fmt: skip
-    """Grid: rows, slices."""
+    """Grid: rows, slices. The rank of the slice's best token."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     request = tl.load(REQUESTS + row)
-    seed = tl.load(SEEDS + request)
-    position = tl.load(POSITIONS + row).to(tl.int64)
-    threshold = tl.zeros((), tl.int64)
-    if THRESHOLDS is not None:
-        threshold = tl.load(THRESHOLDS + row)
     counter = part * LANES + tl.arange(0, LANES)
     token = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=float("-inf")))
-    x = tl.where(rank_of(x, token) < threshold, float("-inf"), x)
+    if THRESHOLDS is not None:
+        threshold = tl.load(THRESHOLDS + row)
+        if threshold > 0:
+            least = logit_of(threshold)
+            x = tl.where((x > least) | ((x == least) & (token <= token_of(threshold))), x, float("-inf"))
     if (tl.load(TEMPERATURES + request) != 0.0) & (tl.max(x) > float("-inf")):
+        seed = tl.load(SEEDS + request)
+        position = tl.load(POSITIONS + row).to(tl.int64)
         none = tl.zeros_like(counter).to(tl.uint32)
         low = none + (position & 0xFFFFFFFF).to(tl.uint32)
         high = none + (position >> 32).to(tl.uint32)
-        a, b, c, d = tl.philox(seed, counter.to(tl.uint32), low, high, none)
+        a, b, c, d = tl.philox(seed, counter.to(tl.uint32), low, high, none, n_rounds=7)
         words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(LANES, 4)
-        x += _gumbel(words)
-    ranks = tl.where(token < vocab, rank_of(clean(x), token), 0)
-    tl.store(BEST + row * slices + part, tl.max(ranks))
+        x = clean(x + _gumbel(words))
+    best = tl.max(x)
+    tl.store(BEST + row * slices + part, rank_of(best, tl.min(tl.where(x == best, token, vocab))))
 
 
 @triton.jit

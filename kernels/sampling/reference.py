@@ -22,7 +22,7 @@ def kept(row: torch.Tensor, k: int, p: float) -> torch.Tensor:
 
 
 def philox(seed: int, counter: np.ndarray, position: int) -> np.ndarray:
-    """The four words of Philox-4x32-10 at counters (counter, position, 0): [4, n] u64 below 2^32."""
+    """The four words of Philox-4x32-7 at counters (counter, position, 0): [4, n] u64 below 2^32."""
     low = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
     a = counter.astype(np.uint64)
@@ -30,7 +30,7 @@ def philox(seed: int, counter: np.ndarray, position: int) -> np.ndarray:
     c = np.full_like(a, position >> 32)
     d = np.zeros_like(a)
     keys = [np.uint64(seed & 0xFFFFFFFF), np.uint64((seed >> 32) & 0xFFFFFFFF)]
-    for _ in range(10):
+    for _ in range(7):
         left, right = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
         a, b, c, d = (right >> shift) ^ b ^ keys[0], right & low, (left >> shift) ^ d ^ keys[1], left & low
         keys = [(keys[0] + np.uint64(0x9E3779B9)) & low, (keys[1] + np.uint64(0xBB67AE85)) & low]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .row import MASS_BITS, clean, token_of
+from .row import MASS_BITS, clean, rank_of, token_of
 from .select import CAPACITY, CHUNK, Passes, candidates, place_count, row_top
 from .top import top_logprobs
 
@@ -30,10 +30,19 @@ def _best(
     found = tl.zeros((), tl.int32)
     for i in range(0, place_count(STATE, row, vocab, CAPACITY), CHUNK):
         ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
-        keep = ranks >= threshold
+        keep = (ranks >= threshold) & (ranks >= 0)
         at = found + tl.cumsum(keep.to(tl.int32), axis=0) - 1
         tl.store(KEPT + row * N_PAD + at, ranks, mask=keep & (at < n))
         found += tl.sum(keep.to(tl.int32), axis=0)
+    first = tl.full((), 0, tl.int32)
+    while (found < n) & (first < vocab):  # a mask leaves fewer than n: then dropped tokens follow, by their ids
+        token = first + tl.arange(0, CHUNK)
+        x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=0.0))
+        dropped = (x == float("-inf")) & (token < vocab)
+        at = found + tl.cumsum(dropped.to(tl.int32), axis=0) - 1
+        tl.store(KEPT + row * N_PAD + at, rank_of(x, token), mask=dropped & (at < n))
+        found += tl.sum(dropped.to(tl.int32), axis=0)
+        first += CHUNK
     tl.debug_barrier()  # every thread's ranks are stored before any is read
     place = tl.arange(0, N_PAD)
     ranks = tl.sort(tl.load(KEPT + row * N_PAD + place, mask=place < n, other=-1), descending=True)

@@ -1,9 +1,11 @@
 """Top-k and top-p: the rank below which a row's tokens are dropped.
 
 Kept are the `k` tokens of highest rank, and of those the fewest, from the highest rank down, whose mass reaches
-p x their total. That is a set defined by integers (row.py), so how it is found cannot change it: here a histogram of
-the row names the few bins in which the last kept token lies, their tokens are gathered, and the rank is searched among
-them. Several programs share a row; all of them leave a row without limits alone.
+p x their total. That is a set defined by integers (row.py), so how it is found cannot change it. Here: bins of distance
+from the row's top; the few bins in which the last kept token can lie; their tokens, gathered; the rank, searched among
+them. For a small k the bins come from the largest logits of groups of 32: k groups that reach a bin hold k tokens that
+do. For others they come from a histogram of the row. Several programs share a row; all leave a row without limits
+alone. A logit of -inf (a mask's) is dropped already: it is never gathered; a row with at most k others has no top-k.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from .row import MOST_TOKENS, clean, logit_of, mass_of, rank_of
 __all__ = ["CAPACITY", "CHUNK", "Passes", "candidates", "drop_below", "place_count", "row_top", "thresholds"]
 
 TILE = 4096
+GROUP = 32
 BINS = 256
 CAPACITY = 8192  # gathered tokens of a row; a row that needs more (nearly all logits equal) is read again instead
 CHUNK = 1024
 
 _BINS = tl.constexpr(BINS)
+_GROUP = tl.constexpr(GROUP)
+_FEW = tl.constexpr(64)  # k is small up to a 64th of the vocabulary, half as many as there are groups
 # Columns of STATE, i64: mass above the bracket, mass of the row, tokens gathered, first and last bin of the bracket,
 # tokens above it, logits not below the named token's.
 _ABOVE = tl.constexpr(0)
@@ -68,18 +73,23 @@ def _bin(x, top, scale):
 
 
 @triton.jit
-def _maxima(X, x_row, K, P, SLICES, HISTOGRAM, STATE, vocab, slices, EVERY: tl.constexpr, TILE: tl.constexpr):
-    """Grid: rows, slices. The largest logit of a slice and the mean of its finite ones, and a clean slate."""
+def _maxima(
+    X, x_row, K, P, SLICES, GROUPS, HISTOGRAM, STATE, vocab, slices, EVERY: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Grid: rows, slices. The largest logit of each group, of the slice, the mean of its finite ones, a clean slate."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     k, p = _limits(K, P, row, vocab)
     if EVERY | (k < vocab) | (p < 1.0):
-        token = part * TILE + tl.arange(0, TILE)
+        group = tl.arange(0, TILE // _GROUP)
+        token = part * TILE + group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
         x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=float("-inf")))
         finite = (x > float("-inf")) & (x < float("inf"))
-        count = tl.sum(finite.to(tl.int32), axis=0)
-        mean = tl.sum(tl.where(finite, x, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
-        tl.store(SLICES + (row * slices + part) * 2, tl.max(x, axis=0))
+        count = tl.sum(finite.to(tl.int32))
+        mean = tl.sum(tl.where(finite, x, 0.0)) / tl.maximum(count, 1).to(tl.float32)
+        largest = tl.max(x, axis=1)
+        tl.store(GROUPS + (row * slices + part) * (TILE // _GROUP) + group, largest)
+        tl.store(SLICES + (row * slices + part) * 2, tl.max(largest, axis=0))
         tl.store(SLICES + (row * slices + part) * 2 + 1, tl.where(count > 0, mean, float("-inf")))
         if part == 0:
             tl.store(STATE + row * 8 + tl.arange(0, 8), tl.zeros((8,), tl.int64))
@@ -90,51 +100,63 @@ def _maxima(X, x_row, K, P, SLICES, HISTOGRAM, STATE, vocab, slices, EVERY: tl.c
 def _histogram(
     X, x_row, K, P, SLICES, HISTOGRAM, vocab, slices, TILE: tl.constexpr, SLICES_PAD: tl.constexpr
 ):  # fmt: skip
-    """Grid: rows, slices."""
+    """Grid: rows, slices. For the rows whose k is not small."""
     row = tl.program_id(0).to(tl.int64)
     k, p = _limits(K, P, row, vocab)
-    if (k < vocab) | (p < 1.0):
+    if (k > vocab // _FEW) & ((k < vocab) | (p < 1.0)):
         top, scale = row_top(SLICES, row, slices, SLICES_PAD)
         token = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        # What lies behind the vocabulary fills the last bin, which only widens the bracket.
         x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=float("-inf")))
-        counts = tl.histogram(_bin(x, top, scale), _BINS)
+        counts = tl.histogram(_bin(x, top, scale), _BINS, mask=x > float("-inf"))
         where = HISTOGRAM + row * _BINS + tl.arange(0, _BINS)
         tl.atomic_add(where, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _bracket(K, P, SLICES, HISTOGRAM, STATE, vocab, slices, FROM_TOP: tl.constexpr, SLICES_PAD: tl.constexpr):
-    """Grid: rows. The bins in which the last kept token can lie, from bounds of each bin's mass."""
+def _bracket(
+    K, P, SLICES, GROUPS, HISTOGRAM, STATE, vocab, slices, FROM_TOP: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows. The bins in which the last kept token can lie."""
     row = tl.program_id(0).to(tl.int64)
     k, p = _limits(K, P, row, vocab)
     if (k < vocab) | (p < 1.0):
+        top, scale = row_top(SLICES, row, slices, SLICES_PAD)
         bins = tl.arange(0, _BINS)
-        counts = tl.load(HISTOGRAM + row * _BINS + bins)
-        upto = tl.cumsum(counts, axis=0)
-        last = tl.min(tl.where(upto >= k, bins, _BINS - 1), axis=0)
-        first = last
-        if p < 1.0:
-            _, scale = row_top(SLICES, row, slices, SLICES_PAD)
-            kept = tl.minimum(tl.maximum(k - (upto - counts), 0), counts).to(tl.float32)
-            edge = bins.to(tl.float32) / scale
-            most = kept * tl.exp(-edge) * 1.00001
-            least = tl.where(bins < _BINS - 1, kept * tl.exp(-edge - 1.0 / scale) * 0.99999, 0.0)
-            most_upto, least_upto = tl.cumsum(most, axis=0), tl.cumsum(least, axis=0)
-            most_after = tl.sum(most, axis=0) - most_upto
-            least_after = tl.sum(least, axis=0) - least_upto
-            # mass up to a bin / (that + mass after it) against p; 1.001 and the term behind it outweigh f32's errors.
-            slack = 1e-5 * tl.sum(most, axis=0)
-            can = (most_upto * (1.0 - p) * 1.001 + slack >= p * least_after) & (kept > 0.0)
-            must = least_upto * (1.0 - p) >= p * most_after * 1.001 + slack
-            first = tl.minimum(tl.min(tl.where(can, bins, _BINS - 1), axis=0), last)
-            if k >= vocab:
-                last = tl.maximum(tl.min(tl.where(must, bins, _BINS - 1), axis=0), first)
-        if FROM_TOP:
-            first = tl.zeros_like(first)
+        first = tl.full((), 0, tl.int32)
+        above = tl.full((), 0, tl.int32)
+        if FROM_TOP | (k <= vocab // _FEW):
+            groups = slices * (TILE // _GROUP)
+            counts = tl.zeros((_BINS,), tl.int32)
+            for i in range(0, groups, CHUNK):
+                at = i + tl.arange(0, CHUNK)
+                largest = tl.load(GROUPS + row * groups + at, mask=at < groups, other=float("-inf"))
+                counts += tl.histogram(_bin(largest, top, scale), _BINS, mask=largest > float("-inf"))
+            last = tl.min(tl.where(tl.cumsum(counts, axis=0) >= k, bins, _BINS - 1), axis=0)
+        else:
+            counts = tl.load(HISTOGRAM + row * _BINS + bins)
+            upto = tl.cumsum(counts, axis=0)
+            last = tl.min(tl.where(upto >= k, bins, _BINS - 1), axis=0)
+            first = last
+            if p < 1.0:
+                # Bounds of each bin's mass; 1e-5 and 1.001 outweigh f32's errors and those of exp.
+                kept = tl.minimum(tl.maximum(k - (upto - counts), 0), counts).to(tl.float32)
+                edge = bins.to(tl.float32) / scale
+                most = kept * tl.exp(-edge) * 1.00001
+                least = tl.where(bins < _BINS - 1, kept * tl.exp(-edge - 1.0 / scale) * 0.99999, 0.0)
+                most_upto, least_upto = tl.cumsum(most, axis=0), tl.cumsum(least, axis=0)
+                most_after = tl.sum(most, axis=0) - most_upto
+                least_after = tl.sum(least, axis=0) - least_upto
+                slack = 1e-5 * tl.sum(most, axis=0)
+                # The mass up to a bin reaches p of the whole if it is p / (1 - p) of the mass after it.
+                can = (most_upto * (1.0 - p) * 1.001 + slack >= p * least_after) & (kept > 0.0)
+                must = least_upto * (1.0 - p) >= p * most_after * 1.001 + slack
+                first = tl.minimum(tl.min(tl.where(can, bins, _BINS - 1), axis=0), last)
+                if k >= vocab:
+                    last = tl.maximum(tl.min(tl.where(must, bins, _BINS - 1), axis=0), first)
+            above = tl.sum(tl.where(bins < first, counts, 0), axis=0)
         tl.store(STATE + row * 8 + _FIRST, first.to(tl.int64))
         tl.store(STATE + row * 8 + _LAST, last.to(tl.int64))
-        above = tl.sum(tl.where(bins < first, counts, 0), axis=0)
         tl.store(STATE + row * 8 + _TOKENS_ABOVE, above.to(tl.int64))
 
 
@@ -159,7 +181,7 @@ def _gather(
             bins = _bin(x, top, scale)
             first = tl.load(state + _FIRST).to(tl.int32)
             last = tl.load(state + _LAST).to(tl.int32)
-            wanted = (bins >= first) & (bins <= last) & inside
+            wanted = (bins >= first) & (bins <= last) & (x > float("-inf"))
             count = tl.sum(wanted.to(tl.int32), axis=0)
             if count > 0:
                 start = tl.atomic_add(state + _COUNT, count.to(tl.int64), sem="relaxed")
@@ -187,7 +209,7 @@ def candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, CAPACITY: tl
     else:
         x = clean(tl.load(X + row * x_row + at, mask=at < vocab, other=float("-inf")))
         bins = _bin(x, top, scale)
-        inside = (bins >= tl.load(state + _FIRST)) & (bins <= tl.load(state + _LAST)) & (at < vocab)
+        inside = (bins >= tl.load(state + _FIRST)) & (bins <= tl.load(state + _LAST)) & (x > float("-inf"))
         ranks = tl.where(inside, rank_of(x, at), -1)
     return ranks
 
@@ -199,30 +221,49 @@ def place_count(STATE, row, vocab, CAPACITY: tl.constexpr):
 
 
 @triton.jit
+def _weight(ranks, top, BY_MASS: tl.constexpr):
+    if BY_MASS:
+        weight = tl.where(ranks >= 0, mass_of(logit_of(tl.maximum(ranks, 0)), top), 0)
+    else:
+        weight = (ranks >= 0).to(tl.int64)
+    return weight
+
+
+@triton.jit
+def _reached(ranks, weight, pivots):
+    return tl.sum(tl.where(ranks[None, :] >= pivots[:, None], weight[None, :], 0), axis=1)
+
+
+@triton.jit
 def _search(
     X, x_row, BUFFER, STATE, row, vocab, top, scale, target, BY_MASS: tl.constexpr, CAPACITY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The highest rank such that the candidates from it upwards number, or weigh, `target` or more."""
+    """The highest rank such that the candidates from it upwards number, or weigh, `target` or more; 0 where all of them
+    do not."""
     places = place_count(STATE, row, vocab, CAPACITY)
     low = tl.full((), 1 << 52, tl.int64)
     high = tl.zeros((), tl.int64)
+    whole = tl.zeros((), tl.int64)
     for i in range(0, places, CHUNK):
         ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
         low = tl.minimum(low, tl.min(tl.where(ranks >= 0, ranks, 1 << 52), axis=0))
         high = tl.maximum(high, tl.max(ranks, axis=0))
+        whole += tl.sum(_weight(ranks, top, BY_MASS), axis=0)
+    # Most often one chunk holds them all: it stays in registers.
+    head = candidates(X, x_row, BUFFER, STATE, row, tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
+    head_weight = _weight(head, top, BY_MASS)
+    if whole < target:
+        low = tl.zeros((), tl.int64)
+        high = tl.zeros((), tl.int64)
     span = high - low  # the answer lies in [low, low + span]
     while span > 0:
         step = (span + 7) // 8
         pivots = low + tl.arange(0, 8) * step
-        reached = tl.zeros((8,), tl.int64)
-        for i in range(0, places, CHUNK):
+        reached = _reached(head, head_weight, pivots)
+        for i in range(CHUNK, places, CHUNK):
             ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
-            if BY_MASS:
-                weight = tl.where(ranks >= 0, mass_of(logit_of(tl.maximum(ranks, 0)), top), 0)
-            else:
-                weight = (ranks >= 0).to(tl.int64)
-            reached += tl.sum(tl.where(ranks[None, :] >= pivots[:, None], weight[None, :], 0), axis=1)
+            reached += _reached(ranks, _weight(ranks, top, BY_MASS), pivots)
         passed = tl.maximum(tl.sum((reached >= target).to(tl.int64), axis=0), 1) - 1
         low += passed * step
         span = tl.minimum(step - 1, span - passed * step)
@@ -292,11 +333,12 @@ class Passes:
         self.pad = triton.next_power_of_2(self.grid[1])
         self.slices = self.x.new_empty((rows, self.grid[1], 2), dtype=torch.float32)
         self.state = self.x.new_empty((rows, STATE), dtype=torch.int64)
+        self.groups = self.x.new_empty((rows, self.grid[1] * TILE // GROUP), dtype=torch.float32)
         self.histogram = self.x.new_empty((rows, BINS), dtype=torch.int32)
         self.buffer = self.state  # until something is gathered
         self._row = (self.x, self.x.stride(0), self.k, self.p)
         _maxima[self.grid](
-            *self._row, self.slices, self.histogram, self.state, self.vocab, self.grid[1],
+            *self._row, self.slices, self.groups, self.histogram, self.state, self.vocab, self.grid[1],
             EVERY=self.k is None and self.p is None, TILE=TILE, num_warps=8,
         )  # fmt: skip
 
@@ -306,12 +348,14 @@ class Passes:
         size = (self.vocab, self.grid[1])
         if tokens:
             self.buffer = self.x.new_empty((self.grid[0], CAPACITY), dtype=torch.int64)
-            _histogram[self.grid](
-                *self._row, self.slices, self.histogram, *size, TILE=TILE, SLICES_PAD=self.pad, num_warps=8
-            )
+            if not from_top:
+                _histogram[self.grid](
+                    *self._row, self.slices, self.histogram, *size, TILE=TILE, SLICES_PAD=self.pad, num_warps=8
+                )
             _bracket[self.grid[:1]](
-                self.k, self.p, self.slices, self.histogram, self.state, *size, FROM_TOP=from_top, SLICES_PAD=self.pad
-            )
+                self.k, self.p, self.slices, self.groups, self.histogram, self.state, *size, FROM_TOP=from_top,
+                TILE=TILE, CHUNK=CHUNK, SLICES_PAD=self.pad,
+            )  # fmt: skip
         _gather[self.grid](
             *self._row, named, self.slices, self.state, self.buffer, *size, GATHER=tokens, TILE=TILE,
             CAPACITY=CAPACITY, SLICES_PAD=self.pad, num_warps=8,
