@@ -76,9 +76,22 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.requests < 2 * PROBES:
         parser.error(f"--requests must be {2 * PROBES} or more: {PROBES} of them are the one that is compared")
+    if args.model is not None and (wrong := _wrong_folder(args.model)):
+        parser.error(f"--model {args.model}: {wrong}")
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port {args.port} is no TCP port")
     return args
+
+
+def _wrong_folder(model: str) -> str | None:
+    """What is wrong with a model given as a path; None where nothing is, or where it is a Hugging Face id."""
+    folder = Path(model)
+    if folder.is_dir():
+        return None if (folder / "config.json").exists() else "this folder holds no config.json"
+    if folder.exists():
+        return "this is a file: name the folder of a Hugging Face model"
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    return "there is no such folder" if is_path else None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,18 @@ def test_never_ready(instead_of_vllm):
     with pytest.raises(ServerError, match="not ready after 1 s"), serve("model", timeout=1):
         pass
     assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_a_taken_port_is_named(instead_of_vllm, address):
+    """Whoever listens there may well answer /health, as another vLLM does."""
+    instead_of_vllm(READY)
+    with socket.create_server((address, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port} cannot be used"), serve("model", port=port):
+            pass
+    with serve("model", port=port) as server:  # the control: free again, it serves
+        assert server.port == port
 
 
 def test_free_port_is_free():

@@ -96,6 +96,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def _require_free(port: int) -> None:
+    """Raises ServerError where somebody listens: what answers there would be taken for the server started here."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServerError(f"port {port} cannot be used ({error.strerror}): name another one, or none") from error
+
+
 @contextlib.contextmanager
 def serve(
     model: str | Path,
@@ -108,9 +118,11 @@ def serve(
     """Runs `vllm serve MODEL CLI_ARGS` of this Python environment and yields it once it is ready.
 
     env: variables added to this process's own. log: where the server's output goes (a temporary file by default).
-    Raises ServerError, with the end of the log, where the server dies or is not ready after `timeout` seconds.
+    Raises ServerError where the port is taken; with the end of the log, where the server dies or is not ready after
+    `timeout` seconds.
     """
     port = free_port() if port is None else port
+    _require_free(port)
     if log is None:
         handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
         os.close(handle)
