@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from vllm_deterministic.verify.probes import Answer, Comparison, Endpoint, Probe, ask, compare, run_load, score
+from vllm_deterministic.verify.probes import (
+    Answer,
+    Comparison,
+    Endpoint,
+    Probe,
+    ask,
+    compare,
+    hang_up,
+    run_load,
+    score,
+)
 from vllm_deterministic.verify.server import Server, serve
 
 STORY = (
@@ -117,6 +127,19 @@ class Axes:
         """Whole and streamed."""
         streamed = dataclasses.replace(probe, stream=True)
         return [answer for one in (probe, streamed) for answer in asyncio.run(ask(endpoint, cold(one)))]
+
+    @staticmethod
+    def aborted(endpoint: Endpoint, probe: Probe, quitters: int = 8) -> list[Answer]:
+        """Alone; then among long answers whose readers hang up one after the other while it is being answered."""
+        longer = dataclasses.replace(probe, max_tokens=400)
+
+        async def among_quitters() -> list[Answer]:
+            async with endpoint.client() as client:
+                leaving = (hang_up(endpoint, cold(longer), 1 + 4 * place, client) for place in range(quitters))
+                answers, *_ = await asyncio.gather(ask(endpoint, cold(probe), client), *leaving)
+                return answers
+
+        return asyncio.run(ask(endpoint, cold(probe))) + asyncio.run(among_quitters())
 
     @staticmethod
     def scored(endpoint: Endpoint, probe: Probe) -> list[Answer]:

@@ -38,6 +38,13 @@ def test_neighbours_reorder_top_logprobs(servers, axes, probes, said, config):
     assert not said(config, "top logprobs", "greedy", answers).identical
 
 
+@pytest.mark.slow
+@plain
+def test_neighbours_that_hang_up_matter(servers, axes, probes, said, config):
+    answers = axes.aborted(servers.get(config).endpoint, probes["greedy"])
+    assert not said(config, "aborts", "greedy", answers).identical
+
+
 @plain
 @kinds
 def test_prefix_hit_matters(servers, axes, probes, said, config, kind):

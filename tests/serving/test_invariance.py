@@ -116,6 +116,19 @@ def test_choices_are_seeds(servers, probes, said, config):
 
 
 @pytest.mark.parametrize(
+    "config", ["det-bf16-compiled-2048", pytest.param("det-f32-eager-2048", marks=pytest.mark.slow)]
+)
+@kinds
+def test_neighbours_hang_up(servers, axes, probes, said, config, kind):
+    server = servers.get(config)
+    before = server.metric("vllm:generation_tokens_total")
+    answers = axes.aborted(server.endpoint, probes[kind])
+    generated = server.metric("vllm:generation_tokens_total") - before
+    assert generated < 8 * 400 / 2, "the neighbours were to be cut off"
+    assert said(config, "aborts", kind, answers).identical
+
+
+@pytest.mark.parametrize(
     "config",
     # Another cache size compiles anew, so CI takes the eager one.
     ["det-f32-eager-2048-small", pytest.param("det-bf16-compiled-2048-small", marks=pytest.mark.slow)],
