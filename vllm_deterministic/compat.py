@@ -59,7 +59,8 @@ class Seam:
         *path, last = self.attribute.split(".")
         for part in path:
             owner = getattr(owner, part, None)
-        if not hasattr(owner, last):
+        found = getattr(owner, last, None)
+        if found is None or getattr(found, "__isabstractmethod__", False):  # a base class's, where the real one is gone
             raise SeamError(f"vLLM {vllm_version()} has no {self.name}: this vLLM is not supported")
         return owner, last
 
@@ -89,6 +90,13 @@ CPU_SEAMS = {
         ("layer", "remove_weight"),
         "the GEMM library picks another reduction tree for another number of rows",
         "vLLM lets a plugin register a CPU linear kernel",
+    ),
+    "attention": Seam(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        "how many queries of a request are in the batch decides where its keys are cut into tiles",
+        "the CPU kernel's tiles of keys have one size",
     ),
     "input_batch": Seam(
         "vllm.v1.worker.gpu_input_batch",

@@ -210,9 +210,15 @@ def axes() -> type[Axes]:
 
 @pytest.fixture(scope="session")
 def probes() -> dict[str, Probe]:
-    """T = 0 and T = 0.8 with a seed: 257 tokens in, 64 out, logprobs of the chosen tokens."""
+    """T = 0 and T = 0.8 with a seed: 257 tokens in, 64 out, logprobs of the chosen tokens.
+
+    "long" reads 1537 tokens: more keys than one tile of the CPU's attention holds, where a prefill has several rounds.
+    """
     common = {"prompt": LONG_PROMPT, "max_tokens": 64, "logprobs": 0, "extra_body": {"ignore_eos": True}}
+    greedy = Probe(name="greedy", temperature=0.0, **common)
+    walk = [100 + (7919 * step) % 40_000 for step in range(1537)]
     return {
-        "greedy": Probe(name="greedy", temperature=0.0, **common),
+        "greedy": greedy,
         "seeded": Probe(name="seeded", temperature=0.8, seed=20261124, **common),
+        "long": dataclasses.replace(greedy, name="long", prompt=walk, max_tokens=32),
     }

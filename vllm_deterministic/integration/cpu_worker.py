@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_deterministic.errors import UnsupportedError
-from vllm_deterministic.integration import facts, linear, sampler, weights
+from vllm_deterministic.integration import cpu_attention, facts, linear, sampler, weights
 
 __all__ = ["DeterministicCPUWorker"]
 
@@ -17,9 +16,7 @@ class DeterministicCPUWorker(CPUWorker):
     """Arms the CPU seams in its own process. Raises SeamError or CertificationError: then the server does not start."""
 
     def init_device(self) -> None:
-        # Attention: one pass over the keys in ascending blocks. Splitting a long row among idle cores depends on how
-        # many rows the neighbours bring. Read when the metadata builder runs, so before the first step is enough.
-        os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
+        cpu_attention.arm()
         linear.arm()
         sampler.arm()
         weights.arm()

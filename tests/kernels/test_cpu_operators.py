@@ -1,0 +1,261 @@
+"""What vLLM's CPU build brings besides linear layers, operator by operator: a row's bits do not see the other rows.
+
+Norms, activation, rotary embedding and log-softmax are left as they are, and attention is asked without KV split and in
+rounds of one: that they are on one tree then is checked here, with one thread and with two, eager and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+platforms = pytest.importorskip("vllm.platforms")
+if not platforms.current_platform.is_cpu():
+    pytest.skip("the CPU kernels are in the CPU build only", allow_module_level=True)
+platforms.current_platform.import_kernels()
+
+from vllm import _custom_ops as ops  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
+from vllm_deterministic.kernels.attention import cpu  # noqa: E402
+from vllm_deterministic.kernels.gemm.cpu import hard_rows  # noqa: E402
+
+from vllm_deterministic.errors import CertificationError  # noqa: E402
+
+ROWS, HIDDEN, HEADS, GROUPS, HEAD = 150, 576, 9, 3, 64
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+with_threads = pytest.mark.parametrize("threads", [1, 2], indirect=True)
+
+
+def on_one_thread(op: Callable[[], torch.Tensor]) -> torch.Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return op()
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """NaN equals NaN: its payload is no part of an answer."""
+    return torch.equal(left.nan_to_num(), right.nan_to_num()) and torch.equal(left.isnan(), right.isnan())
+
+
+def row_by_row(op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor) -> bool:
+    """Whether every row has the bits that the whole batch has on one thread: alone, in other company, elsewhere.
+
+    op: takes rows [M, ...] and their positions [M]; returns one row of results each.
+    """
+    positions = (torch.arange(len(x)) * 37) % 2000
+    expected = on_one_thread(lambda: op(x.clone(), positions))
+    for count in (1, 2, 3, 5, 8, 17, 32, 33, 64, 100, len(x)):
+        for start in {0, (53 * count) % (len(x) - count + 1), len(x) - count}:
+            stop = start + count
+            if not same_bits(op(x[start:stop].clone(), positions[start:stop]), expected[start:stop]):
+                return False
+    return True
+
+
+def rms_norm(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    layer = RMSNorm(HIDDEN, dtype=dtype)
+    return lambda x, positions: layer(x)
+
+
+def rms_norm_with_residual(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    layer = RMSNorm(HIDDEN, dtype=dtype)
+    return lambda x, positions: torch.cat(layer(x, x.flip(-1).contiguous()), -1)
+
+
+def norm_of_heads(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Qwen3's norm of queries and keys."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    layer = RMSNorm(HEAD, dtype=dtype)
+    return lambda x, positions: layer(x.view(-1, HEADS, HEAD)).reshape(x.shape)
+
+
+def activation(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    layer = SiluAndMul()
+    return lambda x, positions: layer(x)
+
+
+def rotary_embedding(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    layer = get_rope(HEAD, 2048, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, dtype=dtype)
+    return lambda x, positions: torch.cat(layer(positions, x, x[:, : GROUPS * HEAD].contiguous()), -1)
+
+
+def log_softmax(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    from vllm.v1.sample.sampler import Sampler
+
+    return lambda x, positions: Sampler.compute_logprobs(x.repeat(1, 85).float())  # a vocabulary of 48,960
+
+
+OPERATORS = (rms_norm, rms_norm_with_residual, norm_of_heads, activation, rotary_embedding, log_softmax)
+
+
+@dtypes
+@with_threads
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
+def test_a_row_does_not_see_the_others(operator, how: str, threads: int, dtype: torch.dtype) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()), torch.inference_mode():
+        op = operator(dtype)
+        if how == "compiled":
+            torch._dynamo.reset()
+            op = torch.compile(op, dynamic=True)
+        assert row_by_row(op, hard_rows(ROWS, HIDDEN, dtype))
+
+
+@with_threads
+def test_the_check_sees_a_batch_dependent_sum(threads: int) -> None:
+    """The control: torch's own product of one row is another tree than that of many."""
+    weight = torch.randn(1536, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert not row_by_row(
+        lambda x, positions: torch.nn.functional.linear(x, weight), hard_rows(ROWS, HIDDEN, torch.float32)
+    )
+
+
+PAGE = 128
+# Tokens of each sequence in the cache; the first one is compared.
+LENGTHS = (900, 1, 300, 129, 1700, 64, 257, 1024)
+
+
+class Attention:
+    """A paged cache that holds sequences of LENGTHS, and vLLM's kernel over any queries of them."""
+
+    def __init__(self, dtype: torch.dtype, cut: bool = True, split: bool = False, window: int = -1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.dtype, self.cut, self.split, self.window = dtype, cut, split, window
+        self.isa = _get_attn_isa(dtype, PAGE, HEAD)
+        pages = [-(-length // PAGE) for length in LENGTHS]
+        order = torch.randperm(sum(pages), generator=generator)
+        self.table = torch.zeros(len(LENGTHS), max(pages), dtype=torch.int32)
+        for row, held in enumerate(order.split(pages)):
+            self.table[row, : len(held)] = held
+        whole = torch.zeros(sum(pages), GROUPS, PAGE, 2 * HEAD, dtype=dtype).view(-1, GROUPS, 2 * PAGE, HEAD)
+        self.keys, self.values = whole.chunk(2, dim=2)
+        self.queries = []
+        for row, length in enumerate(LENGTHS):
+            q, k, v = (
+                torch.randn(length, heads, HEAD, generator=generator).to(dtype) for heads in (HEADS, GROUPS, GROUPS)
+            )
+            at = torch.arange(length)
+            slots = self.table[row, at // PAGE].long() * PAGE + at % PAGE
+            ops.cpu_attn_reshape_and_cache(k, v, self.keys, self.values, slots, self.isa)
+            self.queries.append(q)
+
+    def run(self, *chunks: tuple[int, int, int]) -> list[torch.Tensor]:
+        """Outputs [stop - start, HEADS, HEAD] of each (sequence, start, stop): queries of a chunk of a sequence."""
+        table = self.table[[row for row, _, _ in chunks]]
+        query = torch.cat([self.queries[row][start:stop] for row, start, stop in chunks])
+        sizes = [stop - start for _, start, stop in chunks]
+        starts = torch.tensor([0, *sizes]).cumsum(0).int()
+        lengths = torch.tensor([stop for _, _, stop in chunks], dtype=torch.int32)
+        if self.cut:
+            starts, lengths, owner = cpu.pieces(starts, lengths, cpu.tokens_of_a_round(self.isa, HEADS, GROUPS))
+            table = table[owner]
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(lengths), num_heads=HEADS, num_kv_heads=GROUPS, head_dim=HEAD, seq_lens=lengths,
+            dtype=self.dtype, query_start_loc=starts, causal=True, sliding_window_size=self.window, isa=self.isa,
+            enable_kv_split=self.split,
+        )  # fmt: skip
+        output = torch.empty_like(query)
+        ops.cpu_attention_with_kv_cache(
+            query=query, key_cache=self.keys, value_cache=self.values, output=output, query_start_loc=starts,
+            seq_lens=lengths, scale=HEAD**-0.5, causal=True, alibi_slopes=None, sliding_window=self.window,
+            block_table=table, softcap=0.0, scheduler_metadata=plan, s_aux=None,
+        )  # fmt: skip
+        return list(output.split(sizes))
+
+    def of_the_last_token(self) -> list[torch.Tensor]:
+        """The first sequence's last token: decoded alone and in company, as a chunk's end, as a whole prefill's."""
+        last = (0, LENGTHS[0] - 1, LENGTHS[0])
+        decodes = [(row, length - 1, length) for row, length in enumerate(LENGTHS) if row]
+        prefills = [(row, 0, length) for row, length in enumerate(LENGTHS) if row]
+        batches = [
+            [last], [last, *decodes], [*decodes, last], [last, *prefills], [*prefills[:3], last, *decodes[3:]],
+            *([(0, LENGTHS[0] - size, LENGTHS[0])] for size in (2, 7, 16, 64, 257, LENGTHS[0])),
+            [*prefills, (0, LENGTHS[0] - 100, LENGTHS[0])],
+        ]  # fmt: skip
+        found = []
+        for batch in batches:
+            at = next(place for place, (row, _, _) in enumerate(batch) if row == 0)
+            found.append(self.run(*batch)[at][-1])
+        return found
+
+
+def alike(outputs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(outputs[0], other) for other in outputs)
+
+
+@dtypes
+@with_threads
+@pytest.mark.parametrize("window", [-1, 200], ids=["full", "window"])
+def test_attention_in_rounds_of_one(threads: int, dtype: torch.dtype, window: int) -> None:
+    attention = Attention(dtype, window=window)
+    expected = on_one_thread(attention.of_the_last_token)
+    assert alike([*expected, *attention.of_the_last_token()])
+    # The mean error against f64 is rounding: probabilities and values are rounded to the type, sums are in f32.
+    keys, values = exact_sequence(attention)
+    seen = slice(max(0, LENGTHS[0] - window) if window > 0 else 0, None)
+    q = attention.queries[0][-1].double().view(GROUPS, HEADS // GROUPS, HEAD)
+    weights = (torch.einsum("ghd,tgd->ght", q, keys[seen]) * HEAD**-0.5).softmax(-1)
+    exact = torch.einsum("ght,tgd->ghd", weights, values[seen]).reshape(HEADS, HEAD)
+    assert float((expected[0].double() - exact).abs().mean()) < 4 * torch.finfo(dtype).eps * float(values.abs().mean())
+
+
+def exact_sequence(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the first sequence, [T, GROUPS, HEAD], drawn again: the cache packs them its own way."""
+    generator = torch.Generator().manual_seed(0)
+    torch.randperm(sum(-(-length // PAGE) for length in LENGTHS), generator=generator)
+    drawn = [
+        torch.randn(LENGTHS[0], heads, HEAD, generator=generator).to(attention.dtype).double()
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+    return drawn[1], drawn[2]
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("settings", [{"split": True}, {"cut": False}], ids=["split", "whole chunks"])
+def test_without_the_cure_attention_is_on_several_trees(threads: int, settings: dict[str, bool]) -> None:
+    """The control, for each half of the cure. bf16 outputs hide most of it: they are rounded once more."""
+    assert not alike(Attention(torch.float32, **settings).of_the_last_token())
+
+
+def test_pieces() -> None:
+    starts, lengths = torch.tensor([0, 1, 18, 26], dtype=torch.int32), torch.tensor([9, 17, 100], dtype=torch.int32)
+    cut_starts, cut_lengths, owner = cpu.pieces(starts, lengths, 8)
+    assert owner.tolist() == [0, 1, 1, 1, 2]
+    assert cut_starts.tolist() == [0, 1, 9, 17, 18, 26]
+    assert cut_lengths.tolist() == [9, 8, 16, 17, 100]
+    assert cut_starts.dtype == cut_lengths.dtype == torch.int32
+    whole = cpu.pieces(starts, lengths, 17)
+    assert [part.tolist() for part in whole] == [starts.tolist(), lengths.tolist(), [0, 1, 2]]
+
+
+def test_rounds() -> None:
+    assert [cpu.tokens_of_a_round("vec", 8 * together, 8) for together in (1, 2, 3, 4, 8)] == [8, 4, 8, 2, 1]
+    assert cpu.tokens_of_a_round("amx", 32, 8) == 8
+    with pytest.raises(CertificationError, match="neon"):
+        cpu.tokens_of_a_round("neon", 8, 8)
