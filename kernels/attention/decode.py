@@ -31,13 +31,16 @@ def decode(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: pieces, KV heads, blocks of ROWS rows (token, head of the group).
+    """Grid: KV heads (side by side: in memory a slot's heads are neighbours), pieces, blocks of ROWS rows (token, head
+    of the group).
 
     Q, O: [tokens, heads, D]. K, V: pages of [slot, KV head, D] by strides in elements; K_TILES, V_TILES: the same as
     rows of slots, for TMA. STATE: [slots * FEW * heads, 2] m and l; ACC: [slots * FEW * heads, D].
     """
-    piece = tl.program_id(0)
-    kv = tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()  # combine may be launched; it waits for the end of this grid
+    kv = tl.program_id(0)
+    piece = tl.program_id(1)
     if piece < tl.load(COUNTS):
         b = tl.load(PIECES + piece * 8)
         first = tl.load(PIECES + piece * 8 + 1)
@@ -108,18 +111,19 @@ def decode(
             elif slot < -1:
                 kept = (-2 - slot) * FEW + token
                 _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, D)
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit
-def _batch(STATE, ACC, row, first, splits, i, d, D: tl.constexpr, STRIDE: tl.constexpr):
-    """(m, l, acc) of the splits from `first` on, rows of a head one STRIDE apart."""
-    there = first + i < splits
-    rows = row + (first + i).to(tl.int64) * STRIDE
-    m = tl.load(STATE + rows * 2, mask=there, other=float("-inf"))
-    l = tl.load(STATE + rows * 2 + 1, mask=there, other=0.0)
-    return m, l, tl.load(ACC + rows[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
+def _batch(STATE, ACC, row, first, splits, d, D: tl.constexpr, STRIDE: tl.constexpr, BATCH: tl.constexpr):
+    """(m, l, acc) of each split from `first` on. Past the end, -inf and zeros, which change nothing."""
+    found = ()
+    for i in tl.static_range(BATCH):
+        there = first + i < splits
+        at = row + i * STRIDE
+        m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
+        l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
+        found += ((m, l, tl.load(ACC + at * D + d, mask=there, other=0.0)),)
+    return found
 
 
 @triton.jit
@@ -128,35 +132,37 @@ def combine(
     Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences, query tokens, heads; one warp. The first slot holds a merge already; splits ascending after
-    it."""
+    """Grid: sequences, query tokens, heads; a thread per element. The first slot holds a merge already; splits
+    ascending after it."""
     sequence = tl.program_id(0)
     t = tl.program_id(1)
     slot = tl.load(SEQUENCES + sequence * 8)
     merged = tl.load(SEQUENCES + sequence * 8 + 1)
     splits = tl.load(SEQUENCES + sequence * 8 + 2)
     start = tl.load(SEQUENCES + sequence * 8 + 3)
-    if slot >= 0 and t < tl.load(SEQUENCES + sequence * 8 + 4):
+    queries = tl.load(SEQUENCES + sequence * 8 + 4)
+    if PDL:
+        gdc_wait()  # in every program: what follows combine must not begin before decode has ended
+    if slot >= 0 and t < queries:
         head = tl.program_id(2)
         d = tl.arange(0, D)
         row = (slot * FEW + t).to(tl.int64) * Q_HEADS + head
         zero = tl.zeros((D,), tl.float32)
-        if PDL:
-            gdc_wait()
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
-        # A batch of splits is loaded while the one before is merged. Past the end, m = -inf and l = acc = 0.
-        i = tl.arange(0, BATCH)
-        m, l, acc = _batch(STATE, ACC, row, merged, splits, i, d, D, FEW * Q_HEADS)
-        for s in tl.range(merged, splits, BATCH):
-            m_now, l_now, acc_now = m, l, acc
-            m, l, acc = _batch(STATE, ACC, row, s + BATCH, splits, i, d, D, FEW * Q_HEADS)
-            for split in tl.static_range(BATCH):
-                # One of the batch: the others are masked, so neither a maximum nor a sum has an order.
-                M, a, b = merge_scales(M, tl.max(tl.where(i == split, m_now, float("-inf")), 0))
-                L = tl.fma(L, a, tl.sum(tl.where(i == split, l_now, 0.0), 0) * b)
-                A = tl.fma(A, zero + a, tl.sum(tl.where((i == split)[:, None], acc_now, 0.0), 0) * b)
+        row += merged.to(tl.int64) * (FEW * Q_HEADS)
+        # A batch of splits is loaded while the one before is merged, so that no load waits for a merge.
+        following = _batch(STATE, ACC, row, merged, splits, d, D, FEW * Q_HEADS, BATCH)
+        for split in tl.range(merged, splits, BATCH):
+            batch = following
+            row += BATCH * FEW * Q_HEADS
+            following = _batch(STATE, ACC, row, split + BATCH, splits, d, D, FEW * Q_HEADS, BATCH)
+            for i in tl.static_range(BATCH):
+                m, l, acc = batch[i]
+                M, a, b = merge_scales(M, m)
+                L = tl.fma(L, a, l * b)
+                A = tl.fma(A, zero + a, acc * b)
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
             L = tl.fma(L, a, b)

@@ -110,16 +110,17 @@ class Attention:
         return self.allowed is None or schedule.name in self.allowed
 
     def few(self, max_query: int) -> int:
-        """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`."""
-        return max_query if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
+        """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`. Powers of
+        two, for each is a compilation."""
+        return triton.next_power_of_2(max_query) if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
 
     def schedules(self, batch: int, max_query: int) -> tuple[Decode, Prefill | None]:
         """The schedules for a padded batch of so many sequences: the first that fit it, are eligible and allowed."""
         few = self.few(max_query)
-        rows = min((r for r in (16, 32, 64) if r >= few * self.heads.group), default=64)
-        many = batch * self.heads.kv >= 4 * self.multiprocessors
+        rows = min(few * self.heads.group, 64)
+        many = 2 * batch * self.heads.kv >= 3 * self.multiprocessors
         decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
-        decode.sort(key=lambda s: (s.rows != rows, s.many != many))
+        decode.sort(key=lambda s: (s.rows < rows, s.rows, s.many != many))
         prefill = [s for s in PREFILL if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
         if not decode or not prefill:
             raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
@@ -165,7 +166,7 @@ class Attention:
         tiles = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
         partial = (batch.out, batch.sinks, self.scratch.state, self.scratch.acc)
         few = {"Q_HEADS": heads.query, "FEW": plan.few, "PDL": self.hopper}
-        grid = (plan.pieces.shape[0], heads.kv, triton.cdiv(plan.few * heads.group, decode.rows))
+        grid = (heads.kv, plan.pieces.shape[0], triton.cdiv(plan.few * heads.group, decode.rows))
         decode_kernels.decode[grid](
             batch.q, cache.k, cache.v, *tiles, *partial, plan.pieces, plan.counts, *self._lengths(batch),
             batch.q.stride(0), batch.out.stride(0), *cache.k.stride()[:3], *rows[2:], **self._constants(), **few,
@@ -173,8 +174,8 @@ class Attention:
         )  # fmt: skip
         if batch.page_table.shape[1] * heads.page > tree.split:
             decode_kernels.combine[(plan.batch, plan.few, heads.query)](
-                *partial, plan.sequences, LOG2E, batch.out.stride(0), D=tree.head_size,
-                SINK=tree.sink, **few, BATCH=16, num_warps=1, enable_fp_fusion=False, launch_pdl=self.hopper,
+                *partial, plan.sequences, LOG2E, batch.out.stride(0), D=tree.head_size, SINK=tree.sink, **few, BATCH=16,
+                num_warps=tree.head_size // 32, enable_fp_fusion=False, launch_pdl=self.hopper,
             )  # fmt: skip
 
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
@@ -189,14 +190,12 @@ class Attention:
             prefill_ws[(programs,)](
                 self._descriptor(tokens, 64, gluon=True), *self._tiles(cache, rows, gluon=True), *work,
                 batch.out.stride(0), *rows[2:], **self._constants(), HEADS=heads.query,
-                STAGES=prefill.stages, HEAD_MAJOR=prefill.head_major, num_warps=4, maxnreg=168,
+                STAGES=prefill.stages, num_warps=4, maxnreg=168,
             )  # fmt: skip
         else:
-            tiles = self._tiles(cache, rows, gluon=False) if prefill.tma else (None, None)
             prefill_kernels.prefill[grid](
-                q, cache.k, cache.v, *tiles, *work, q.stride(0), batch.out.stride(0), *cache.k.stride()[:3], *rows[2:],
-                **self._constants(), ROWS=prefill.rows, TMA=prefill.tma, STAGES=prefill.stages,
-                num_warps=prefill.warps,
+                q, cache.k, cache.v, *work, q.stride(0), batch.out.stride(0), *cache.k.stride()[:3],
+                **self._constants(), ROWS=prefill.rows, STAGES=prefill.stages, num_warps=prefill.warps,
             )  # fmt: skip
 
     def _check(self, batch: Batch, cache: Cache) -> None:

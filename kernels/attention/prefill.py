@@ -15,28 +15,23 @@ __all__ = ["prefill"]
 
 @triton.jit
 def _tile(
-    j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
-    row_page, row_head, column_head, MASK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    j, page, K, V, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
+    MASK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     key = j * T + tl.arange(0, T)
     d = tl.arange(0, D)
-    if TMA:
-        r = page * row_page + kv * row_head + (j * T) % PAGE
-        k = K_TILES.load([r, kv * column_head])
-        v = V_TILES.load([r, kv * column_head])
+    if PAGE % T == 0:
+        slots = page.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
     else:
-        if PAGE % T == 0:
-            slots = page.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
-        else:
-            held = tl.load(pages + key // PAGE, mask=key < keys, other=0)
-            slots = held.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
-        if MASK:
-            k = tl.load(K + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
-            v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
-        else:
-            k = tl.load(K + slots[:, None] + d[None, :])
-            v = tl.load(V + slots[:, None] + d[None, :])
+        held = tl.load(pages + key // PAGE, mask=key < keys, other=0)
+        slots = held.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+    if MASK:
+        k = tl.load(K + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+        v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+    else:
+        k = tl.load(K + slots[:, None] + d[None, :])
+        v = tl.load(V + slots[:, None] + d[None, :])
     x = tl.dot(q, tl.trans(k))
     if SOFTCAP:
         x = softcap(x, tanh_scale)
@@ -53,10 +48,10 @@ def _tile(
 
 @triton.jit(do_not_specialize=["bt_stride"])
 def prefill(
-    Q, K, V, K_TILES, V_TILES, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e,
-    bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
+    Q, K, V, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e,
+    bt_stride, q_token, o_token, kv_page, kv_slot, kv_head,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINK: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of ROWS query tokens, query heads. Arguments as decode's."""
     block = tl.program_id(0)
@@ -91,9 +86,8 @@ def prefill(
         for j in tl.range(begin, plain, num_stages=STAGES):
             page = tl.load(pages + j * T // PAGE)
             m, l, acc = _tile(
-                j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page,
-                kv_slot,
-                kv_head, row_page, row_head, column_head, False, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
+                j, page, K, V, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
+                False, ROWS, D, T, PAGE, WINDOW, SOFTCAP,
             )  # fmt: skip
             if (j + 1) % (S // T) == 0:
                 M, L, A = merge(M, L, A, m, l, acc)
@@ -103,9 +97,8 @@ def prefill(
         for j in tl.range(plain, end, num_stages=STAGES if WINDOW > 0 else 1):
             page = tl.load(pages + j * T // PAGE)
             m, l, acc = _tile(
-                j, page, K, V, K_TILES, V_TILES, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page,
-                kv_slot,
-                kv_head, row_page, row_head, column_head, True, ROWS, D, T, PAGE, WINDOW, SOFTCAP, TMA,
+                j, page, K, V, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
+                True, ROWS, D, T, PAGE, WINDOW, SOFTCAP,
             )  # fmt: skip
             if (j + 1) % (S // T) == 0:
                 M, L, A = merge(M, L, A, m, l, acc)

@@ -39,6 +39,19 @@ def _merge(M, L, A, m, l, acc, D: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
+def _keep(first, M, L, a_buffer, m, l, acc, D: gl.constexpr, OUT: gl.constexpr):
+    """Step 7 with A in shared memory. A first split is kept as it is: there b is 1, or 0 where l and acc are."""
+    if first:
+        a_buffer.store(acc)
+        M = m
+        L = l
+    else:
+        M, L, A = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
+        a_buffer.store(A)
+    return M, L
+
+
+@gluon.jit
 def _weigh(
     x, j, m, position, c, tanh_scale, MASK: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, T: gl.constexpr,
     SCORES: gl.constexpr,
@@ -67,13 +80,14 @@ def _weigh(
 
 @gluon.jit
 def _step(
-    i, j, q, ring, p, m, l, acc, M, L, a_buffer, starts, position, c, tanh_scale, MASK: gl.constexpr,
+    i, j, q, ring, p, m, l, acc, M, L, a_buffer, starts, first, position, c, tanh_scale, MASK: gl.constexpr,
     SPLITS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, D: gl.constexpr, T: gl.constexpr,
     STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j, the i-th of this program, beside P V of the tile before.
 
-    SPLITS: 0 where tile j continues its split, 1 where it starts one, 2 where `starts` tells."""
+    SPLITS: 0 where tile j continues its split, 1 where it starts one, 2 where `starts` tells. first: whether the split
+    before it is the block's first."""
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     stage = i % STAGES
     before = (i - 1) % STAGES
@@ -92,18 +106,19 @@ def _step(
     else:
         old = m
     weights, alpha, r, top = _weigh(x, j, old, position, c, tanh_scale, MASK, WINDOW, SOFTCAP, T, SCORES)
+    # Passes at once. It keeps the weights beside P V: ptxas moves arithmetic behind a wait for products, but not
+    # behind a loop.
+    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_free.index(before), count=1)
     if SPLITS == 1:
-        M, L, A = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
-        a_buffer.store(A)
+        M, L = _keep(first, M, L, a_buffer, m, l, acc, D, OUT)
         l = r
         acc = gl.zeros([64, D], gl.float32, OUT)
     else:
         if SPLITS == 2:
             if starts:
-                M, L, A = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
-                a_buffer.store(A)
+                M, L = _keep(first, M, L, a_buffer, m, l, acc, D, OUT)
                 l = gl.zeros_like(l)
                 acc = gl.zeros([64, D], gl.float32, OUT)
         l = gl.fma(l, alpha, r)
@@ -122,14 +137,19 @@ def _rounds(items):
 
 
 @gluon.jit
-def _item(n, BLOCKS, blocks, HEADS: gl.constexpr, HEAD_MAJOR: gl.constexpr):
-    """(entry in BLOCKS, head) of this program's n-th block."""
+def _item(n, BLOCKS, blocks):
+    """(entry in BLOCKS, head) of this program's n-th block. Blocks of one head run side by side: its keys stay in the
+    L2 cache."""
     programs = gl.num_programs(0)
     item = n * programs + gl.where(n % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
-    if HEAD_MAJOR:
-        return BLOCKS + item % blocks * 4, item // blocks
-    else:
-        return BLOCKS + item // HEADS * 4, item % HEADS
+    return BLOCKS + item % blocks * 4, item // blocks
+
+
+@gluon.jit
+def _block(n, BLOCKS, blocks):
+    """(first row, rows, position of the first, head) of this program's n-th block."""
+    entry, head = _item(n, BLOCKS, gl.maximum(blocks, 1))
+    return gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), head
 
 
 @gluon.jit
@@ -147,7 +167,7 @@ def _tiles(oldest, rows, T: gl.constexpr, WINDOW: gl.constexpr):
 def _consume(
     half: gl.constexpr, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr, HEAD_MAJOR: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -156,21 +176,23 @@ def _consume(
     PER: gl.constexpr = S // T
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     a_buffer = a_tiles.index(half)
+    o_buffer = a_buffer
+    if O.dtype.element_ty.primitive_bitwidth == 16:
+        o_buffer = a_buffer._reinterpret(O.dtype.element_ty, [64, D], gl.NVMMASharedLayout(128, 16, 2))
     q = q_tiles.index(half)
     carried = 0  # tiles that the ring has carried before this block
-    for n in range(0, _rounds(blocks * HEADS)):
-        entry, head = _item(n, BLOCKS, blocks, HEADS, HEAD_MAJOR)
-        start = gl.load(entry + 1)
-        rows = gl.load(entry + 2)
-        oldest = gl.load(entry + 3)
+    rounds = _rounds(blocks * HEADS)
+    start, rows, oldest, head = _block(0, BLOCKS, blocks)
+    for n in range(0, rounds):
+        following = _block(gl.minimum(n + 1, rounds - 1), BLOCKS, blocks)  # on its way during this block
         begin, plain, end = _tiles(oldest, rows, T, WINDOW)
         position = oldest + half * 64 + gl.arange(0, 64, ROW)
         m = gl.full([64], float("-inf"), gl.float32, ROW)
         M = m
         L = gl.zeros([64], gl.float32, ROW)
         acc = gl.zeros([64, D], gl.float32, OUT)
-        a_buffer.store(acc)
         base = carried - begin
+        split = begin // PER
         mbarrier.wait(q_full, n & 1)
         mbarrier.wait(k_full.index(carried % STAGES), (carried // STAGES) & 1)
         zero = gl.zeros([64, T], gl.float32, SCORES)
@@ -181,26 +203,26 @@ def _consume(
         weights, _alpha, l, m = _weigh(x, begin, m, position, c, tanh_scale, True, WINDOW, SOFTCAP, T, SCORES)
         p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
         # Tiles that every row sees whole: to the end of the first split, then split by split.
-        for j in range(begin + 1, gl.minimum((begin // PER + 1) * PER, plain)):
+        for j in range(begin + 1, gl.minimum((split + 1) * PER, plain)):
             p, m, l, acc, M, L = _step(
-                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, position, c, tanh_scale, False, 0,
+                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, False, position, c, tanh_scale, False, 0,
                 WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
             )  # fmt: skip
-        for split in range(begin // PER + 1, (plain + PER - 1) // PER):
-            first = split * PER
+        for later in range(split + 1, (plain + PER - 1) // PER):
+            j = later * PER
             p, m, l, acc, M, L = _step(
-                base + first, first, q, ring, p, m, l, acc, M, L, a_buffer, True, position, c, tanh_scale, False, 1,
-                WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
+                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, True, later == split + 1, position, c, tanh_scale,
+                False, 1, WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
             )  # fmt: skip
-            for j in range(first + 1, gl.minimum(first + PER, plain)):
+            for j in range(later * PER + 1, gl.minimum(later * PER + PER, plain)):
                 p, m, l, acc, M, L = _step(
-                    base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, position, c, tanh_scale, False, 0,
+                    base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, False, position, c, tanh_scale, False, 0,
                     WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
                 )  # fmt: skip
         for j in range(gl.maximum(plain, begin + 1), end):
             p, m, l, acc, M, L = _step(
-                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, j % PER == 0, position, c, tanh_scale, True, 2,
-                WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
+                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, j % PER == 0, j // PER == split + 1, position, c,
+                tanh_scale, True, 2, WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
             )  # fmt: skip
         mbarrier.arrive(q_free, count=1)
         last = base + end - 1
@@ -209,31 +231,32 @@ def _consume(
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_free.index(last % STAGES), count=1)
         carried += end - begin
-        M, L, A = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
+        if (end - 1) // PER > split:
+            m, l, acc = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
         if SINK:
             sink = gl.zeros([64], gl.float32, ROW) + gl.load(SINKS + head) * log2e
             one = gl.full([64], 1.0, gl.float32, ROW)
-            M, L, A = _merge(M, L, A, sink, one, gl.zeros([64, D], gl.float32, OUT), D, OUT)
-        inverse = gl.where(L == 0.0, 0.0, gl.div_rn(gl.full([64], 1.0, gl.float32, ROW), L))
+            m, l, acc = _merge(m, l, acc, sink, one, gl.zeros([64, D], gl.float32, OUT), D, OUT)
+        inverse = gl.where(l == 0.0, 0.0, gl.div_rn(gl.full([64], 1.0, gl.float32, ROW), l))
         inverse = gl.convert_layout(inverse, gl.SliceLayout(1, OUT))[:, None]
         none = gl.zeros([64, D], gl.float32, OUT)
-        a_buffer.store(gl.fma(A, inverse + none, none))
+        o_buffer.store(gl.fma(acc, inverse + none, none).to(O.dtype.element_ty))
         row = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, STORE))
         d = gl.arange(0, D, gl.SliceLayout(0, STORE))
         to = ((start + row).to(gl.int64) * o_token + head * D)[:, None] + d[None, :]
-        gl.store(O + to, a_buffer.load(STORE).to(O.dtype.element_ty), mask=(row < rows)[:, None])
+        gl.store(O + to, o_buffer.load(STORE), mask=(row < rows)[:, None])
+        start, rows, oldest, head = following
 
 
 @gluon.jit
 def _consume_low(
     q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr, HEAD_MAJOR: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _consume(
         0, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token, HEADS,
-        WINDOW,
-        SOFTCAP, SINK, D, T, S, STAGES, HEAD_MAJOR,
+        WINDOW, SOFTCAP, SINK, D, T, S, STAGES,
     )  # fmt: skip
 
 
@@ -241,12 +264,11 @@ def _consume_low(
 def _consume_high(
     q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr, HEAD_MAJOR: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _consume(
         1, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token, HEADS,
-        WINDOW,
-        SOFTCAP, SINK, D, T, S, STAGES, HEAD_MAJOR,
+        WINDOW, SOFTCAP, SINK, D, T, S, STAGES,
     )  # fmt: skip
 
 
@@ -254,12 +276,12 @@ def _consume_high(
 def _produce(
     Q, K, V, q_tiles, ring, q_full, q_free, BLOCKS, blocks, PAGE_TABLE, bt_stride, row_page, row_head, column_head,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
-    WINDOW: gl.constexpr, STAGES: gl.constexpr, HEAD_MAJOR: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
     i = 0
     for n in range(0, _rounds(blocks * HEADS)):
-        entry, head = _item(n, BLOCKS, blocks, HEADS, HEAD_MAJOR)
+        entry, head = _item(n, BLOCKS, blocks)
         start = gl.load(entry + 1)
         begin, _plain, end = _tiles(gl.load(entry + 3), gl.load(entry + 2), T, WINDOW)
         pages = PAGE_TABLE + gl.load(entry).to(gl.int64) * bt_stride
@@ -289,11 +311,9 @@ def prefill_ws(
     Q, K, V, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e, bt_stride, o_token, row_page, row_head,
     column_head, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, S: gl.constexpr,
     PAGE: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, STAGES: gl.constexpr,
-    HEAD_MAJOR: gl.constexpr,
 ):  # fmt: skip
-    """Grid: a program per multiprocessor; each takes every so many of (block of 128 rows, head). Q, K,
-    V are descriptors:
-    rows of tokens and of slots."""
+    """Grid: a program per multiprocessor; each takes every so many of (block of 128 rows, head). Q, K, V are
+    descriptors: rows of tokens and of slots."""
     blocks = gl.load(COUNTS + 1)
     q_tiles = gl.allocate_shared_memory(Q.dtype, [2, 64, D], Q.layout)
     k_tiles = gl.allocate_shared_memory(K.dtype, [STAGES, T, D], K.layout)
@@ -317,12 +337,11 @@ def prefill_ws(
     gl.warp_specialize(
         [
             (_consume_low, (q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e,
-                            o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES, HEAD_MAJOR)),
+                            o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES)),
             (_consume_high, (q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e,
-                             o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES, HEAD_MAJOR)),
+                             o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES)),
             (_produce, (Q, K, V, q_tiles, ring, q_full, q_free, BLOCKS, blocks, PAGE_TABLE, bt_stride, row_page,
-            row_head,
-                        column_head, HEADS, GROUP, D, T, PAGE, WINDOW, STAGES, HEAD_MAJOR)),
+                        row_head, column_head, HEADS, GROUP, D, T, PAGE, WINDOW, STAGES)),
         ],
         [4, 1],
         [240, 24],
