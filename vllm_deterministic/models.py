@@ -91,7 +91,10 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     plain.tie_weights()
     plain.to(getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    folder.chmod(0o755)  # mkdtemp makes a private folder; a server may run as another user
+    # mkdtemp makes a private folder, safetensors a private file; a server may run as another user.
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def add_parser(subparsers: Any) -> None:
