@@ -37,6 +37,7 @@ class Designed:
     key: str | None = None
     key_holds_for: int = 1_000_000_000  # requests
     models: tuple[str, ...] = ("designed",)
+    parts: dict[str, Any] = field(default_factory=dict)  # of a fingerprint
     busy_every: int = 0  # every so many requests get HTTP 429 first
     dies_after: int = 0  # requests, then connections are closed unanswered
     breaks_streams: bool = False  # the connection ends before the answer does
@@ -91,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.of.dies_after and self.of.seen > self.of.dies_after:
             self.close_connection = True
+            return
+        if self.path == "/deterministic" and self.of.parts:
+            self._send(200, {"fingerprint": f"vd1-{self.of.parts['numerics_id']}", "parts": self.of.parts})
             return
         if self.path != "/v1/models":
             self._no(404, "Not Found")

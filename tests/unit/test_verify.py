@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -176,6 +177,20 @@ def test_two_endpoints() -> None:
     assert (same.verdict, differs.verdict) == ("same", "differs")
     assert same.against is not None
     assert {one.endpoint for one in same.latency} == {"first", "second"}
+
+
+def test_two_fingerprints_side_by_side() -> None:
+    """Equal and mixed numerics ids are named beside the verdict; a server without a promise has none."""
+    ids = [{"numerics_id": "v1-a", "weights": "w"}, {"numerics_id": "v1-a", "weights": "w"}]
+    ids += [{"numerics_id": "v1-b", "weights": "w"}, {}]
+    with contextlib.ExitStack() as stack:
+        first, *others = (stack.enter_context(serving(Designed(parts=parts))) for parts in ids)
+        reports = [verify(first.url, against=one.url, level="quick", families=("against",)) for one in others]
+    same, mixed, none = (" ".join(report.notes) for report in reports)
+    assert "Both endpoints have the fingerprint vd1-v1-a" in same
+    assert "different numerics_id: vd1-v1-a and vd1-v1-b" in mixed
+    assert "fingerprint" not in none
+    assert [report.against.numerics_id for report in reports if report.against] == ["v1-a", "v1-b", None]
 
 
 def test_mistakes_say_what_to_change() -> None:

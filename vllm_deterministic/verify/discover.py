@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +48,8 @@ class Capabilities:
     seeds_reason: str
     server: str
     max_model_len: int | None
+    fingerprint: str | None = None
+    parts: Mapping[str, Any] | None = None
 
     @property
     def api(self) -> Api:
@@ -74,6 +77,8 @@ class Capabilities:
             extensions=self.api.extensions,
             seeds=self.seeds,
             max_model_len=self.max_model_len,
+            fingerprint=self.fingerprint,
+            numerics_id=(self.parts or {}).get("numerics_id"),
         )
 
 
@@ -143,7 +148,21 @@ async def discover(session: Session, server: str, max_model_len: int | None) -> 
     token_ids = bool(sample and sample.token_ids)
     session.endpoint = dataclasses.replace(session.endpoint, token_ids=found.api.extensions)
     seeds, reason = await _seeds(session, found)
-    return dataclasses.replace(found, token_ids=token_ids, seeds=seeds, seeds_reason=reason)
+    fingerprint, parts = await _promise(session.endpoint)
+    return dataclasses.replace(
+        found, token_ids=token_ids, seeds=seeds, seeds_reason=reason, fingerprint=fingerprint, parts=parts
+    )
+
+
+async def _promise(endpoint: Endpoint) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Fingerprint and parts of a server that promises something. Nothing depends on it: it is told, not believed."""
+    async with endpoint.client() as client:
+        try:
+            said: Any = await client.get(f"{endpoint.base_url.removesuffix('/v1')}/deterministic", cast_to=object)
+        except (openai.APIError, TransportError, ValueError):
+            return None, None
+    fingerprint, parts = (said.get("fingerprint"), said.get("parts")) if isinstance(said, dict) else (None, None)
+    return (fingerprint, parts) if isinstance(fingerprint, str) and isinstance(parts, dict) else (None, None)
 
 
 async def _api(session: Session, chat: bool) -> tuple[Api, Answer | None]:

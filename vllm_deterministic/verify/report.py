@@ -43,6 +43,9 @@ class EndpointFacts(_Model):
     seeds: bool
     """Whether another seed gave another answer."""
     max_model_len: int | None
+    fingerprint: str | None = None
+    numerics_id: str | None = None
+    """What GET /deterministic says of both. None where nothing is promised."""
 
 
 class Divergence(_Model):

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from vllm_deterministic import __version__
 from vllm_deterministic.errors import ConfigurationError
+from vllm_deterministic.serving.fingerprint import differing_parts
 from vllm_deterministic.verify.analysis import Case, case_result, latencies, power
 from vllm_deterministic.verify.context import LEVELS, Context, Level
 from vllm_deterministic.verify.discover import Capabilities, discover, find_model
@@ -257,6 +258,8 @@ class Run:
             )
         if not self.can.seeds:
             notes.append(f"Only greedy requests were compared: {self.can.seeds_reason}.")
+        if self.other_can is not None:
+            notes += _fingerprints(self.can, self.other_can)
         if self.level.until_tokens and self.partial and self.round and verdict == "same":
             notes.append(f"{self.round} complete rounds, short of the target of tokens.")
         return Report(
@@ -283,6 +286,15 @@ class Run:
             latency=latencies(timed),
             families=families,
         )
+
+
+def _fingerprints(first: Capabilities, second: Capabilities) -> list[str]:
+    """What two servers that promise something say of themselves, side by side."""
+    if first.parts is None or second.parts is None:
+        return []
+    if parts := differing_parts(first.parts, second.parts):
+        return [f"The two endpoints name different {', '.join(parts)}: {first.fingerprint} and {second.fingerprint}."]
+    return [f"Both endpoints have the fingerprint {first.fingerprint}."]
 
 
 def _headline(verdict: Verdict, families: Sequence[FamilyResult], logprobs: bool, partial: bool) -> str:
