@@ -7,15 +7,30 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from vllm_deterministic.kernels.sampling import draw as draw_module  # noqa: E402
+from vllm_deterministic.kernels.sampling import scores as scores_module  # noqa: E402
 from vllm_deterministic.kernels.sampling import select  # noqa: E402
 from vllm_deterministic.kernels.sampling.draw import draw  # noqa: E402
 from vllm_deterministic.kernels.sampling.reference import gumbel, kept  # noqa: E402
 from vllm_deterministic.kernels.sampling.scores import Scores  # noqa: E402
 
-VOCAB = 5003  # more than one slice, and no multiple of anything
+VOCAB = 1301  # more than one of the small slices below, and no multiple of anything
 INF, NAN = float("inf"), float("nan")
 # (k, p): none, each alone, both, one token, nearly all.
-LIMITS = [(VOCAB, 1.0), (20, 1.0), (VOCAB, 0.9), (50, 0.8), (1, 1.0), (VOCAB, 1e-6), (3000, 0.999), (VOCAB, 0.9999)]
+LIMITS = [(VOCAB, 1.0), (20, 1.0), (VOCAB, 0.9), (50, 0.8), (1, 1.0), (700, 0.999)]
+
+
+@pytest.fixture(autouse=True)
+def _small_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules are free, and the interpreter is slow."""
+    for module, name, value in (
+        (select, "TILE", 512),
+        (select, "CHUNK", 512),
+        (scores_module, "CHUNK", 512),
+        (draw_module, "LANES", 128),
+        (draw_module, "TILE", 512),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def rows(kind: str) -> torch.Tensor:
@@ -27,7 +42,7 @@ def rows(kind: str) -> torch.Tensor:
         "peaked": normal * 6,
         "ties": (normal * 4).to(torch.bfloat16).float(),
         "equal": torch.zeros_like(normal),
-        "masked": torch.where(normal > 3.0, normal, -INF),
+        "masked": torch.where(normal > 2.3, normal, -INF),
         "poison": torch.where(normal > 3, NAN, torch.where(normal < -3, INF, normal)),
     }[kind]
 
@@ -58,11 +73,11 @@ def test_what_is_kept(kind: str, capacity: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
     x, (k, p) = rows("ties").to(dtype), limits()
-    x[1], x[2, 7], x[5, 9] = NAN, NAN, INF
+    x[0], x[2, 7], x[5, 9] = NAN, NAN, INF
     among = select.thresholds(x, k, p)
     turned = select.thresholds(x.flip(0), k.flip(0), p.flip(0)).flip(0)
     assert torch.equal(among, turned)
-    for row in range(len(LIMITS)):
+    for row in (1, 3, 5):
         assert torch.equal(select.thresholds(x[row : row + 1], k[row : row + 1], p[row : row + 1])[0], among[row])
     # Whether a neighbour brings the other kind of limit does not matter either.
     assert torch.equal(select.thresholds(x[:2], k[:2], None), among[:2])
@@ -73,7 +88,7 @@ def test_the_order_of_a_float_sum_would_be_seen() -> None:
     """The control: masses in f32, added up in another order, move the nucleus."""
     x = rows("normal")[:1].sort(descending=True).values
     mass = (x - x.max()).exp()
-    totals = {float(part.sum(-1).sum()) for part in (mass.view(1, -1), mass[:, :5000].view(50, 100), mass.flip(1))}
+    totals = {float(part.sum(-1).sum()) for part in (mass.view(1, -1), mass[:, :1300].view(50, 26), mass.flip(1))}
     assert len(totals) > 1
 
 
@@ -85,15 +100,15 @@ def draws(x: torch.Tensor, seeds: list[int], positions: list[int], temperature: 
 
 def test_noise_is_a_function_of_seed_position_and_token() -> None:
     x = rows("normal")
-    cases = [(0, 0), (1, 0), (0, 1), (2**31 - 1, 131071), (-5, 7), (2**62 + 3, 2**33), (8, 12), (9, 13)]
+    cases = [(0, 0), (1, 0), (0, 1), (2**31 - 1, 131071), (-5, 7), (2**62 + 3, 2**33)]
     seeds, positions = [seed for seed, _ in cases], [position for _, position in cases]
     tokens = draws(x, seeds, positions)
     want = [int((x[i].double() + gumbel(seed, place, VOCAB)).argmax()) for i, (seed, place) in enumerate(cases)]
     assert tokens.tolist() == want
-    assert len(set(tokens.tolist())) > 6
+    assert len(set(tokens.tolist())) > 4
     # Elsewhere in the batch, alone, and among fewer tokens: the same noise. With another seed: another token.
     assert torch.equal(draws(x.flip(0), seeds[::-1], positions[::-1]).flip(0), tokens)
-    for row in range(len(cases)):
+    for row in (0, 3, 5):
         assert draws(x[row : row + 1], seeds[row : row + 1], positions[row : row + 1])[0] == tokens[row]
     assert not torch.equal(draws(x, seeds[::-1], positions), tokens)
     fewer = x.clone()
@@ -124,15 +139,15 @@ def test_truncation_and_draw_meet() -> None:
 
 def test_greedy_ties_go_to_the_lower_token_id() -> None:
     x = rows("ties")
-    x[:, 4099] = x[:, 17] = x.max() + 1
+    x[:, 1299] = x[:, 17] = x.max() + 1
     x[2] = -INF
     x[3, 40] = NAN
     greedy = draws(x, [1] * len(x), [1] * len(x), temperature=0.0)
-    assert greedy.tolist() == [17, 17, 0, 17, 17, 17, 17, 17]
+    assert greedy.tolist() == [17, 17, 0, 17, 17, 17]
 
 
 @pytest.mark.parametrize(
-    ("kind", "n"), [("normal", 1), ("normal", 20), ("ties", 0), ("ties", 5), ("equal", 3), ("masked", 20)]
+    ("kind", "n"), [("normal", 1), ("ties", 0), ("ties", 5), ("masked", 20)]
 )
 def test_scores(n: int, kind: str) -> None:
     x = rows(kind)

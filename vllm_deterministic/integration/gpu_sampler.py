@@ -30,8 +30,9 @@ def arm(vllm_config: Any) -> None:
             "--deterministic needs vLLM's V2 model runner, which this configuration does not use: unset "
             "VLLM_USE_V2_MODEL_RUNNER, or see vLLM's log for the feature that excludes it"
         )
-    for seam, ours in (("draw", _draw), ("scores", _scores), ("prompt_scores", _scores)):
-        compat.install(compat.GPU_SEAMS[seam], lambda original, ours=ours: ours)
+    compat.install(compat.GPU_SEAMS["draw"], lambda original: _draw)
+    for seam in ("scores", "prompt_scores"):
+        compat.install(compat.GPU_SEAMS[seam], lambda original: _scores)
 
 
 def _draw(
@@ -76,13 +77,13 @@ def _scores(
     values = logits.gather(-1, ids).to(torch.float32) if logits_mode else scores.logprobs(ids)
     if valid is not None:
         values = values.masked_fill(~valid, float("-inf"))
-    on_device = isinstance(cu_num_logits, torch.Tensor)
+    on_device, on_host = (cu_num_logits, None) if isinstance(cu_num_logits, torch.Tensor) else (None, cu_num_logits)
     return LogprobsTensors(
         logprob_token_ids=ids,
         logprobs=values,
         selected_token_ranks=scores.ranks.contiguous(),
-        cu_num_generated_tokens=None if on_device else cu_num_logits,
-        cu_num_generated_tokens_tensor=cu_num_logits if on_device else None,
+        cu_num_generated_tokens=on_host,
+        cu_num_generated_tokens_tensor=on_device,
     )
 
 
