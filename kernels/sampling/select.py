@@ -258,7 +258,7 @@ def _search(
         high = tl.zeros((), tl.int64)
     span = high - low  # the answer lies in [low, low + span]
     while span > 0:
-        step = (span + 7) // 8
+        step = span // 8 + 1  # eight steps cover span + 1 ranks
         pivots = low + tl.arange(0, 8) * step
         reached = _reached(head, head_weight, pivots)
         for i in range(CHUNK, places, CHUNK):
@@ -295,7 +295,7 @@ def _threshold(
                     mass = mass_of(logit_of(tl.maximum(ranks, 0)), top)
                     total += tl.sum(tl.where((ranks >= threshold) & (ranks >= 0), mass, 0), axis=0)
             target = tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-            target = tl.maximum(tl.minimum(target, total), 1) - above
+            target = tl.maximum(tl.minimum(target, total) - above, 1)
             nucleus = _search(X, x_row, BUFFER, STATE, row, vocab, top, scale, target, True, CAPACITY, CHUNK)
             threshold = tl.maximum(threshold, nucleus)
     tl.store(OUT + row, threshold)

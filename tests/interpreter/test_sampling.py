@@ -84,6 +84,36 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
     assert torch.equal(select.thresholds(x[2:3], None, p[2:3]), among[2:3])
 
 
+def test_the_threshold_is_the_rank_of_the_last_kept_token() -> None:
+    """Not merely a number below it: then it is the same however the bracket was drawn."""
+    x, (k, p) = rows("ties"), limits()
+    found = select.thresholds(x, k, p)
+    for tile in (1024, 2048):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(select, "TILE", tile)
+            assert torch.equal(select.thresholds(x, k, p), found)
+    for row, (limit, nucleus) in enumerate(LIMITS):
+        if limit == VOCAB and nucleus == 1.0:
+            assert found[row] == 0
+            continue
+        tokens = kept(x[row], limit, float(p[row])).nonzero()[:, 0]
+        last = tokens[x[row, tokens] == x[row, tokens].min()].max()
+        key = x[row, last].view(torch.int32).long()
+        key = (key if key >= 0 else key ^ 0x7FFFFFFF) + 2**31
+        assert found[row] == (key << 20) + (2**20 - 1 - last)
+
+
+def test_neighbouring_ranks_are_told_apart() -> None:
+    """Equal logits of neighbouring tokens: as many ranks in a row, where a search that skips one keeps one too many."""
+    counts = [2, 3, 8, 9, 10, 64, 65, 66, 73, 129]
+    x = torch.full((len(counts), VOCAB), -INF)
+    for row, count in enumerate(counts):
+        x[row, :count] = 1.5
+    k = torch.tensor([1] * len(counts), dtype=torch.int32)
+    kept_tokens = (select.drop_below(x.clone(), select.thresholds(x, k, None)) > -INF).sum(1)
+    assert kept_tokens.tolist() == [1] * len(counts)
+
+
 def test_the_order_of_a_float_sum_would_be_seen() -> None:
     """The control: masses in f32, added up in another order, move the nucleus."""
     x = rows("normal")[:1].sort(descending=True).values
@@ -146,9 +176,7 @@ def test_greedy_ties_go_to_the_lower_token_id() -> None:
     assert greedy.tolist() == [17, 17, 0, 17, 17, 17]
 
 
-@pytest.mark.parametrize(
-    ("kind", "n"), [("normal", 1), ("ties", 0), ("ties", 5), ("masked", 20)]
-)
+@pytest.mark.parametrize(("kind", "n"), [("normal", 1), ("ties", 0), ("ties", 5), ("masked", 20)])
 def test_scores(n: int, kind: str) -> None:
     x = rows(kind)
     sampled = x.argsort(descending=True, stable=True)[torch.arange(len(x)), torch.arange(len(x)) * 3]
