@@ -159,6 +159,12 @@ def test_panels_do_not_overlap() -> None:
         taken |= cells
 
 
+def test_the_helm_values_ask_for_the_promise() -> None:
+    engine = yaml.safe_load((DOCKER / "kubernetes/production-stack.yaml").read_text())["servingEngineSpec"]
+    assert {engine[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/deterministic"}
+    assert all("--deterministic" in model["vllmConfig"]["extraArgs"] for model in engine["modelSpec"])
+
+
 def test_the_manifest_follows_kubernetes_schema() -> None:
     validate = pytest.importorskip("kubernetes_validate")
     documents = list(yaml.safe_load_all((DOCKER / "kubernetes/deterministic.yaml").read_text()))
