@@ -58,7 +58,7 @@ def kept_by_kernel(x: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | No
 
 @pytest.mark.parametrize(
     ("kind", "capacity"),
-    [*((kind, select.CAPACITY) for kind in ("flat", "normal", "peaked", "ties", "equal", "masked")), ("ties", 2)],
+    [*((kind, select.CAPACITY) for kind in ("flat", "peaked", "ties", "equal", "masked")), ("ties", 2)],
 )
 def test_what_is_kept(kind: str, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "CAPACITY", capacity)  # 2: the row is searched instead of the gathered tokens
@@ -70,9 +70,8 @@ def test_what_is_kept(kind: str, capacity: int, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(found[row] & alive, want & alive), (LIMITS[row], int(found[row].sum()), int(want.sum()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
-    x, (k, p) = rows("ties").to(dtype), limits()
+def test_a_row_alone_is_the_row_in_a_batch() -> None:
+    x, (k, p) = rows("ties").half(), limits()
     x[0], x[2, 7], x[5, 9] = NAN, NAN, INF
     among = select.thresholds(x, k, p)
     turned = select.thresholds(x.flip(0), k.flip(0), p.flip(0)).flip(0)
@@ -84,18 +83,14 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
     assert torch.equal(select.thresholds(x[2:3], None, p[2:3]), among[2:3])
 
 
-def test_the_threshold_is_the_rank_of_the_last_kept_token() -> None:
+def test_the_threshold_is_the_rank_of_the_last_kept_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not merely a number below it: then it is the same however the bracket was drawn."""
     x, (k, p) = rows("ties"), limits()
     found = select.thresholds(x, k, p)
-    for tile in (1024, 2048):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(select, "TILE", tile)
-            assert torch.equal(select.thresholds(x, k, p), found)
-    for row, (limit, nucleus) in enumerate(LIMITS):
-        if limit == VOCAB and nucleus == 1.0:
-            assert found[row] == 0
-            continue
+    monkeypatch.setattr(select, "TILE", 1024)
+    assert torch.equal(select.thresholds(x, k, p), found)
+    assert found[0] == 0  # without limits
+    for row, (limit, _) in list(enumerate(LIMITS))[1:]:
         tokens = kept(x[row], limit, float(p[row])).nonzero()[:, 0]
         last = tokens[x[row, tokens] == x[row, tokens].min()].max()
         key = x[row, last].view(torch.int32).long()

@@ -134,7 +134,7 @@ def test_scores(kind: str, dtype: torch.dtype) -> None:
     x[100] = NAN
     sampled = (torch.arange(rows, device="cuda") * 1009) % VOCAB
     scores = Scores(x, sampled, 20)
-    clean = x.float().nan_to_num(nan=-INF)
+    clean = x.float().nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
     assert torch.equal(scores.best, clean.sort(descending=True, stable=True).indices[:, :20])
     assert torch.equal(scores.ranks, (clean >= clean.gather(1, sampled[:, None])).sum(1))
     ids = torch.cat((sampled[:, None], scores.best), dim=1)
