@@ -23,7 +23,6 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     OURS: ({"additional_config": {"vllm_deterministic": {}}}, {}),
     "vllm-mode": ({"attention_backend": "FLASH_ATTN"}, {"VLLM_BATCH_INVARIANT": "1"}),
 }
-DECODE_TOKENS = 64
+DECODE_TOKENS = 48
 # name -> (kind, numbers): what one turn does.
 WORK: dict[str, tuple[str, tuple[int, ...]]] = {
     **{f"decode, {n} sequences": ("decode", (n,)) for n in (1, 2, 8, 32, 64, 128, 256)},
@@ -140,25 +139,18 @@ def tokens_of(kind: str, numbers: tuple[int, ...]) -> int:
     ]
 
 
-def measure(
-    engines: dict[str, Connection], rounds: int, say: Callable[[str], None]
-) -> dict[str, list[dict[str, float]]]:
-    """Name of the work -> seconds of each engine in each round."""
-    seconds: dict[str, list[dict[str, float]]] = {what: [] for what in WORK}
-    for turn in range(-1, rounds):
-        for what, (kind, numbers) in WORK.items():
-            if kind in SELDOM and turn % 3:
-                continue
-            order = list(engines) if turn % 2 else list(engines)[::-1]
-            found = {}
-            for name in order:
-                # The same prompts for every engine; new ones each round, so that no prefix is found in the cache.
-                engines[name].send((kind, f"{what}/{turn}", numbers))
-                found[name] = engines[name].recv()
-            if turn >= 0:  # the first round warms up
-                seconds[what].append(found)
-        say(f"round {turn + 1} of {rounds}")
-    return seconds
+def one_round(engines: dict[str, Connection], turn: int, seconds: dict[str, list[dict[str, float]]]) -> None:
+    """Every piece of work on every engine, into `seconds`; turn -1 warms up and is not kept."""
+    for what, (kind, numbers) in WORK.items():
+        if kind in SELDOM and turn % 3:
+            continue
+        found = {}
+        for name in list(engines) if turn % 2 else list(engines)[::-1]:
+            # The same prompts for every engine; new ones each round, so that no prefix is found in the cache.
+            engines[name].send((kind, f"{what}/{turn}", numbers))
+            found[name] = engines[name].recv()
+        if turn >= 0:
+            seconds[what].append(found)
 
 
 def points(seconds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
@@ -179,6 +171,27 @@ def points(seconds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     return found
 
 
+def versions() -> dict[str, Any]:
+    import torch
+    import triton
+    import vllm
+
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__},
+    }
+
+
+def write(report: dict[str, Any], seconds: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """JSON with one point a line."""
+    rows = ",\n  ".join(json.dumps(row) for row in points(seconds))
+    text = json.dumps({**report, "points": "ROWS", "seconds": "SECONDS"}, indent=1)
+    text = text.replace('"ROWS"', f"[\n  {rows}\n ]").replace('"SECONDS"', json.dumps(seconds))
+    path.write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder with a configuration; weights are made up")
@@ -192,6 +205,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     engines, processes = {}, []
     began = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - began:.0f} s: {what}", flush=True)
+
     for side in args.sides:
         engines[side], theirs = context.Pipe()
         body = (theirs, args.model, side, args.gigabytes, f"{args.logs}/{side}.log")
@@ -201,44 +218,28 @@ def main() -> None:
     starts = {}
     for side, connection in engines.items():
         try:
-            starts[side] = connection.recv()
+            starts[side] = round(connection.recv(), 1)
         except EOFError:
             sys.exit(f"the engine {side!r} did not start: see {args.logs}/{side}.log")
-        print(f"{time.perf_counter() - began:.0f} s: {side} is up", flush=True)
-    seconds = measure(
-        engines, args.rounds, lambda said: print(f"{time.perf_counter() - began:.0f} s: {said}", flush=True)
-    )
+        say(f"{side} is up")
+    report = {
+        **versions(),
+        "command": shlex.join(["python", "benchmarks/engine.py", Path(args.model).name, *sys.argv[2:]]),
+        "date": datetime.date.today().isoformat(),
+        "start_seconds_side_by_side": starts,
+    }
+    seconds: dict[str, list[dict[str, float]]] = {what: [] for what in WORK}
+    for turn in range(-1, args.rounds):
+        one_round(engines, turn, seconds)
+        if turn >= 0:
+            write(report, seconds, args.out)  # a run that is cut short has said what it saw
+        say(f"round {turn + 1} of {args.rounds}")
     for connection in engines.values():
         connection.send(None)
     for process in processes:
         process.join(60)
-    import torch
-    import triton
-    import vllm
-
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    report = {
-        "card": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__},
-        "command": shlex.join(["python", "benchmarks/engine.py", Path(args.model).name, *sys.argv[2:]]),
-        "date": datetime.date.today().isoformat(),
-        "start_seconds_side_by_side": {side: round(value, 1) for side, value in starts.items()},
-        "points": points(seconds),
-        "seconds": seconds,
-    }
-    rows = {name: report.pop(name) for name in ("points", "seconds")}
-    text = json.dumps({**report, **dict.fromkeys(rows, "ROWS")}, indent=1)
-    text = text.replace('"ROWS"', "[\n  " + ",\n  ".join(json.dumps(row) for row in rows["points"]) + "\n ]", 1)
-    text = text.replace('"ROWS"', json.dumps(rows["seconds"]))
-    args.out.write_text(text + "\n")
     for peer in [side for side in args.sides if side != OURS]:
-        ratios = [row["ratio"] for row in rows["points"] if row["name"] == peer]
+        ratios = [row["ratio"] for row in points(seconds) if row["name"] == peer]
         print(f"{peer} / ours: geometric mean {statistics.geometric_mean(ratios):.3f}, worst {min(ratios)}")
 
 

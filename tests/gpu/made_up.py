@@ -1,0 +1,63 @@
+"""Models without a checkpoint: configurations, and weights with which the text varies.
+
+usage: made_up.py FOLDER      writes a folder per model
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from pathlib import Path
+
+_COMMON = {
+    "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    # Two layers of Qwen3-8B's size: merged qkv and gate_up, a head of its own.
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 32000, "tie_word_embeddings": False, "attention_bias": False,
+    },
+    # A bias on qkv, the head tied to the embedding, heads of 64.
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+    # SmolLM2-135M's shape: three query heads share one of K and V.
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+    },
+}  # fmt: skip
+
+
+def write(folder: Path) -> None:
+    """The model folders, without weights."""
+    for name, config in MODELS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**_COMMON, **config}))
+
+
+def use() -> None:
+    """Makes `load_format="dummy"` fill the weights: norms at one, matrices N(0, 0.03), each from its own seed."""
+    import torch
+    import vllm.model_executor.model_loader.dummy_loader as dummy_loader
+
+    def fill(self: object, model: torch.nn.Module, model_config: object) -> None:
+        for name, parameter in sorted(model.named_parameters()):
+            generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
+            if parameter.dim() == 1 and "norm" in name:
+                parameter.data.fill_(1.0)
+            else:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cuda").mul_(0.03))
+
+    dummy_loader.DummyModelLoader.load_weights = fill
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
