@@ -69,10 +69,11 @@ class Engine:
         dummy_loader.DummyModelLoader.load_weights = fill  # type: ignore[method-assign,assignment]
         from vllm import LLM
 
+        self.cache_bytes = int(gigabytes * 2**30)
         began = time.perf_counter()
         self.llm = LLM(
             folder, load_format="dummy", max_model_len=36864, max_num_seqs=256, seed=0, disable_log_stats=True,
-            kv_cache_memory_bytes=int(gigabytes * 2**30), gpu_memory_utilization=0.3, **options,
+            kv_cache_memory_bytes=self.cache_bytes, gpu_memory_utilization=0.3, **options,
         )  # fmt: skip
         self.start_seconds = time.perf_counter() - began
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
@@ -106,6 +107,15 @@ class Engine:
         prompts = [[*prefix, *self.ids(rng, 8)] for prefix in self._prefixes[key]]
         short = self._seconds(prompts, [1] * sequences)
         return self._seconds(prompts, [1 + DECODE_TOKENS] * sequences) - short
+
+    def room(self, rng: random.Random) -> float:
+        """KV-cache tokens that fit beside everything else that this engine came to hold, in 0.9 of the card."""
+        import torch
+
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        tokens = cache.num_gpu_blocks * cache.block_size
+        beside = torch.cuda.memory_reserved() - self.cache_bytes
+        return tokens * (0.9 * torch.cuda.mem_get_info()[1] - beside) / self.cache_bytes
 
     def many(self, rng: random.Random, requests: int) -> float:
         prompts = [self.ids(rng, rng.randrange(40, 80)) for _ in range(requests)]
@@ -184,9 +194,15 @@ def versions() -> dict[str, Any]:
     }
 
 
-def write(report: dict[str, Any], seconds: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """JSON with one point a line."""
-    rows = ",\n  ".join(json.dumps(row) for row in points(seconds))
+def write(
+    report: dict[str, Any], seconds: dict[str, list[dict[str, float]]], tokens: dict[str, float], path: Path
+) -> None:
+    """JSON with one point a line. tokens: of KV cache that fit, of each engine."""
+    found = points(seconds)
+    for peer in [side for side in tokens if side != OURS]:
+        fit = {"peer": round(tokens[peer]), "ours": round(tokens[OURS]), "ratio": round(tokens[OURS] / tokens[peer], 3)}
+        found.append({"what": "KV-cache tokens that fit in 0.9 of the card", "unit": "tokens", "name": peer, **fit})
+    rows = ",\n  ".join(json.dumps(row) for row in found)
     text = json.dumps({**report, "points": "ROWS", "seconds": "SECONDS"}, indent=1)
     text = text.replace('"ROWS"', f"[\n  {rows}\n ]").replace('"SECONDS"', json.dumps(seconds))
     path.write_text(text + "\n")
@@ -232,10 +248,14 @@ def main() -> None:
     for turn in range(-1, args.rounds):
         one_round(engines, turn, seconds)
         if turn >= 0:
-            write(report, seconds, args.out)  # a run that is cut short has said what it saw
+            write(report, seconds, {}, args.out)  # a run that is cut short has said what it saw
         say(f"round {turn + 1} of {args.rounds}")
-    for connection in engines.values():
+    tokens = {}
+    for side, connection in engines.items():
+        connection.send(("room", "", ()))
+        tokens[side] = connection.recv()
         connection.send(None)
+    write(report, seconds, tokens, args.out)
     for process in processes:
         process.join(60)
     for peer in [side for side in args.sides if side != OURS]:
