@@ -44,7 +44,7 @@ WORK: dict[str, tuple[str, tuple[int, ...]]] = {
     "decode at 8k context, 16 sequences": ("context", (8000, 16)),
     "1000 prompts of about 60 tokens, 100 tokens each": ("many", (1000,)),
 }
-SELDOM = ("many",)  # takes seconds: every third round
+SELDOM = ("many",)  # takes seconds: every fifth round
 
 
 def fill(self: object, model: Any, model_config: object) -> None:
@@ -152,7 +152,7 @@ def tokens_of(kind: str, numbers: tuple[int, ...]) -> int:
 def one_round(engines: dict[str, Connection], turn: int, seconds: dict[str, list[dict[str, float]]]) -> None:
     """Every piece of work on every engine, into `seconds`; turn -1 warms up and is not kept."""
     for what, (kind, numbers) in WORK.items():
-        if kind in SELDOM and turn % 3:
+        if kind in SELDOM and turn % 5:
             continue
         found = {}
         for name in list(engines) if turn % 2 else list(engines)[::-1]:
