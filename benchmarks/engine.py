@@ -103,7 +103,7 @@ class Engine:
         if key not in self._prefixes:
             own = random.Random(f"{key}")
             self._prefixes[key] = [self.ids(own, tokens) for _ in range(sequences)]
-            self._seconds(self._prefixes[key], [1] * sequences)
+        self._seconds(self._prefixes[key], [1] * sequences)  # other work may have taken the prefix's pages
         prompts = [[*prefix, *self.ids(rng, 8)] for prefix in self._prefixes[key]]
         short = self._seconds(prompts, [1] * sequences)
         return self._seconds(prompts, [1 + DECODE_TOKENS] * sequences) - short
@@ -175,7 +175,7 @@ def points(seconds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
                 {
                     "what": what, "unit": "tokens/s", "name": peer, "peer": round(rate[peer], 1),
                     "ours": round(rate[OURS], 1), "ratio": round(statistics.median(ratios), 3),
-                    "interval": [round(low, 3), round(high, 3)], "rounds": len(ratios),
+                    "low": round(low, 3), "high": round(high, 3), "rounds": len(ratios),
                 }
             )  # fmt: skip
     return found
