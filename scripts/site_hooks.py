@@ -44,7 +44,8 @@ def served() -> str:
         )
         for device in policy.ARCHITECTURES
     ]
-    return _table(("device", "vLLM", "model architectures", "dtypes"), rows)
+    previews = "".join(f"\n\n**{device} is a preview**: {why}." for device, why in policy.PREVIEWS.items())
+    return _table(("device", "vLLM", "model architectures", "dtypes"), rows) + previews
 
 
 def refused() -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "DTYPES",
     "ENGINE_OPTIONS",
     "ENVIRONMENT",
+    "PREVIEWS",
     "REQUEST_FIELDS",
     "Refusal",
     "engine_refusals",
@@ -46,6 +47,11 @@ ARCHITECTURES = {
     "cuda": frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
 }
 DTYPES = {"cpu": frozenset({"bfloat16", "float32"}), "cuda": frozenset({"bfloat16", "float16"})}
+# Device -> what is still to be proved where it is served already. Said at every start and in GET /deterministic.
+PREVIEWS = {
+    "cuda": "linear layers, attention, norms and sampling are proved one by one on the card, whole engines on short "
+    "runs only; treat answers as evidence until the proof of whole engines is published with this version"
+}
 # Compute capability -> the name of the family whose kernels are proved to be on the trees.
 CARDS = {(9, 0): "Hopper"}
 

@@ -60,6 +60,10 @@ def test_environment(device: str, name: str) -> None:
         policy.refuse(policy.environment_refusals(device, {name: "0" if "1" in harmless else "1"}))
 
 
+def test_previews_are_devices_that_are_served() -> None:
+    assert set(policy.PREVIEWS) <= set(policy.ARCHITECTURES)
+
+
 def test_a_card_of_another_family_and_another_executor() -> None:
     card = {**SERVED, "device": "cuda", "capability": (9, 0), "executor": "uni"}
     assert policy.resolved_refusals(card) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -19,6 +20,8 @@ WORKERS = {
 }
 SEAMS = {"cpu": compat.CPU_SEAMS, "cuda": compat.GPU_SEAMS}
 
+
+logger = logging.getLogger("vllm.deterministic")
 
 # Options that `prepare` sets.
 _OURS: dict[str, set[Any]] = {"worker_cls": set(WORKERS.values()), "attention_backend": {AttentionBackendEnum.CUSTOM}}
@@ -54,6 +57,8 @@ def prepare(engine_args: Any) -> None:
     for seam in (*SEAMS[device].values(), *compat.REQUEST_SEAMS.values(), *compat.WIRE_SEAMS.values()):
         compat.probe(seam)
     engine_args.worker_cls = WORKERS[device]
+    if device in policy.PREVIEWS:
+        logger.warning("--deterministic on %s is a preview: %s", device, policy.PREVIEWS[device])
     if device == "cuda":
         from vllm_deterministic.integration import attention
 

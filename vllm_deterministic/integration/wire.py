@@ -37,7 +37,8 @@ def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
         reports = await engine_client.collective_rpc("deterministic_report")
         of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
         key = getattr(args, "deterministic_signing_key", None)
-        kept = promise.Promise.of(of_server, _about(reports[0]), load_signer(key) if key else None)
+        about = _about(reports[0], engine_client.vllm_config.device_config.device_type)
+        kept = promise.Promise.of(of_server, about, load_signer(key) if key else None)
         promise.keep(kept)
         metrics.certified_shapes.set(len(reports[0]["certified"]))
         # vLLM's own seam for the field `system_fingerprint`.
@@ -52,9 +53,10 @@ def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _about(report: Any) -> dict[str, Any]:
+def _about(report: Any, device: str) -> dict[str, Any]:
     return {
         "versions": {"vllm_deterministic": __version__},
+        "preview": policy.PREVIEWS.get(device),
         "certified": report["certified"],
         "refused": policy.refused_features(),
         "request_fields": sorted(policy.REQUEST_FIELDS),
