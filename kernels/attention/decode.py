@@ -122,7 +122,8 @@ def _batch(STATE, ACC, row, first, splits, d, D: tl.constexpr, STRIDE: tl.conste
         at = row + i * STRIDE
         m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
         l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
-        found += ((m, l, tl.load(ACC + at * D + d, mask=there, other=0.0)),)
+        # A mask as wide as d: Triton's interpreter cannot broadcast a truth value.
+        found += ((m, l, tl.load(ACC + at * D + d, mask=d * 0 + first + i < splits, other=0.0)),)
     return found
 
 
