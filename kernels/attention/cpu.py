@@ -9,14 +9,21 @@ token's keys are cut at the same positions from 0, however it came into the batc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from vllm_deterministic.errors import CertificationError
 
-__all__ = ["ROUND", "pieces", "tokens_of_a_round"]
+__all__ = ["CONTEXT", "ROUND", "Attend", "certify", "pieces", "tokens_of_a_round"]
 
 # The kernel's instruction set -> rows of one round.
 ROUND = {"vec": 8, "vec16": 16, "amx": 32}
+# Tokens of the sequence that is certified on, more than a tile of several rounds holds; its last ones are compared.
+# Many, since the output's rounding hides most of a difference.
+CONTEXT, COMPARED = 4096, 512
+# Pieces of a sequence of CONTEXT tokens, (start, stop) each, in one batch -> the outputs of their queries.
+Attend = Callable[[Sequence[tuple[int, int]]], torch.Tensor]
 
 
 def tokens_of_a_round(isa: str, heads: int, groups: int) -> int:
@@ -44,3 +51,21 @@ def pieces(starts: torch.Tensor, lengths: torch.Tensor, most: int) -> tuple[torc
     size = (sizes[owner] - within).clamp(max=most)
     piece_starts = torch.cat([starts[:1], starts[0] + size.cumsum(0)]).to(starts.dtype)
     return piece_starts, (lengths[owner] - sizes[owner] + within + size).to(lengths.dtype), owner
+
+
+def certify(attend: Attend, most: int) -> None:
+    """Raises CertificationError unless a token has the same bits in a piece of any size up to `most`, and alone."""
+
+    def cut(size: int) -> torch.Tensor:
+        starts = range(CONTEXT - COMPARED, CONTEXT, size)
+        return attend([(start, min(start + size, CONTEXT)) for start in starts])
+
+    expected = cut(1)
+    wrong = [size for size in range(2, most + 1) if not torch.equal(cut(size), expected)]
+    if not torch.equal(attend([(CONTEXT - 1, CONTEXT)]), expected[-1:]):
+        wrong = [1, *wrong]
+    if wrong:
+        raise CertificationError(
+            f"attention: tokens in pieces of {wrong} have other bits than one by one in a batch; run with fewer "
+            "threads (VLLM_CPU_OMP_THREADS_BIND)"
+        )

@@ -22,6 +22,7 @@ from vllm_deterministic.kernels.attention import cpu  # noqa: E402
 from vllm_deterministic.kernels.gemm.cpu import hard_rows  # noqa: E402
 
 from vllm_deterministic.errors import CertificationError  # noqa: E402
+from vllm_deterministic.integration import cpu_attention  # noqa: E402
 
 ROWS, HIDDEN, HEADS, GROUPS, HEAD = 150, 576, 9, 3, 64
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -241,6 +242,17 @@ def exact_sequence(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
 def test_without_the_cure_attention_is_on_several_trees(threads: int, settings: dict[str, bool]) -> None:
     """The control, for each half of the cure. In bf16 the tiles are as wrong, and rounding hides it."""
     assert not alike(Attention(torch.float32, **settings).of_the_last_token())
+
+
+@dtypes
+@with_threads
+def test_certification(threads: int, dtype: torch.dtype) -> None:
+    """A round is certified; two rounds, which have smaller tiles of keys, are not."""
+    shape = cpu_attention.Shape(_get_attn_isa(dtype, PAGE, HEAD), HEADS, GROUPS, HEAD, dtype, PAGE, -1)
+    attend, most = cpu_attention.one_sequence(shape), cpu.tokens_of_a_round(shape.isa, HEADS, GROUPS)
+    cpu.certify(attend, most)
+    with pytest.raises(CertificationError, match=rf"in pieces of \[{most + 1}"):
+        cpu.certify(attend, most + 2)
 
 
 def test_pieces() -> None:

@@ -28,7 +28,7 @@ class DeterministicCPUWorker(CPUWorker):
             "weights": weights.digest(self.vllm_config.load_config.load_format),
             "model_code": facts.model_code(self.model_runner.get_model()),
             "architecture": facts.cpu_architecture(),
-            "certified": linear.certified(),
+            "certified": [*linear.certified(), *cpu_attention.certified()],
         }
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
