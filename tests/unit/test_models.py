@@ -43,7 +43,8 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 def gguf_perplexity(file: Path, ids: list[int]) -> float:
     """The GGUF file's own perplexity: its tensors as they lie there, with GGUF's rotation of neighbouring pairs.
 
-    Independent of transformers, and of the row order that the conversion has to undo.
+    Independent of transformers, and of the row order that the conversion has to undo. llama.cpp itself, which rounds
+    activations to 8 bits besides, says 11.56 on ENGLISH where this says 11.32.
     """
     import gguf
     import torch
