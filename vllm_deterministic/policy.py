@@ -43,7 +43,7 @@ class Refusal:
 
 # --- what the engine may be -------------------------------------------------------------------------------------
 ARCHITECTURES = {
-    "cpu": frozenset({"LlamaForCausalLM"}),
+    "cpu": frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
     "cuda": frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
 }
 DTYPES = {"cpu": frozenset({"bfloat16", "float32"}), "cuda": frozenset({"bfloat16", "float16"})}

@@ -73,3 +73,12 @@ def test_seeded_chunks_kill_the_engine(servers, probes, config):
     with pytest.raises(openai.APIError):
         asyncio.run(ask(server.endpoint, dataclasses.replace(probes["seeded"])))
     assert not server.healthy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["plain-bf16-eager-2048"])
+def test_without_the_flag_answers_are_vllms_own(servers, probes, said, config):
+    """A server that has the plugin installed, and one that is told to load no plugin."""
+    answers = servers.answers(config, probes["greedy"])
+    stock = servers.get(config, VLLM_PLUGINS="")
+    assert said(config, "no plugin", "greedy", answers + asyncio.run(ask(stock.endpoint, probes["greedy"]))).identical
