@@ -169,8 +169,9 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         self.attention = _attention(tree, heads, device)
         scheduler = vllm_config.scheduler_config
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        # One plan for graphs of every kind: few, block and memory do not depend on the batch.
-        self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *self.attention.schedules(1, FEW_MAX + 1))
+        # One plan for graphs of every kind: few, block and memory do not depend on the batch; the largest batch's
+        # schedule cuts it into the most pieces.
+        self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *self.attention.schedules(largest, FEW_MAX + 1))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
