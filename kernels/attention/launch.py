@@ -42,6 +42,7 @@ class Cache:
     k: torch.Tensor
     v: torch.Tensor
 
+    @cached_property
     def rows(self) -> tuple[int, int, int, int, int]:
         """As rows of slots: (rows, columns, rows per page, rows per head, columns per head).
 
@@ -162,7 +163,7 @@ class Attention:
         return table, *numbers
 
     def _decode(self, batch: Batch, cache: Cache, decode: Decode) -> None:
-        tree, heads, plan, rows = self.tree, self.heads, batch.plan, cache.rows()
+        tree, heads, plan, rows = self.tree, self.heads, batch.plan, cache.rows
         tiles = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
         partial = (batch.out, batch.sinks, self.scratch.state, self.scratch.acc)
         few = {"Q_HEADS": heads.query, "FEW": plan.few, "PDL": self.hopper}
@@ -179,7 +180,7 @@ class Attention:
             )  # fmt: skip
 
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
-        tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows(), batch.q
+        tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
         work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
         grid = (plan.blocks.shape[0], heads.query)
         if prefill.warp_specialised:

@@ -220,8 +220,15 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         window = sliding_window or 0
         self.tree = tree_for(head_size, scale, softcap=logits_soft_cap or 0.0, window=window, sink=sinks is not None)
         self._attention: Attention | None = None
+        self._bound: tuple[torch.Tensor, Cache] | None = None
 
     def _cache(self, kv_cache: torch.Tensor) -> Cache:
+        # Outside of CUDA graphs the host prepares every layer of every step: views are made once per cache.
+        if self._bound is None or self._bound[0] is not kv_cache:
+            self._bound = (kv_cache, self._views(kv_cache))
+        return self._bound[1]
+
+    def _views(self, kv_cache: torch.Tensor) -> Cache:
         pages = kv_cache.transpose(1, 2)
         return Cache(pages[..., : self.head_size], pages[..., self.head_size :])
 
