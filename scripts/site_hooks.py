@@ -134,7 +134,14 @@ def results() -> str:
     """README's sections that hold a table of benchmarks/results, as they are there."""
     sections = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
     some = [section for section in sections if re.search(r"^<!-- \w+\.json -->$", section, re.M)]
-    return "\n".join(some).replace("](docs/", "](")
+    text = "\n".join(some).replace("](docs/", "](")
+    # README stands a folder higher: what it links to outside of docs/ is a path for this site.
+    return re.sub(r"\]\((?!https?:|#)(?P<path>[^)\s]+)\)", _from_the_root, text)
+
+
+def _from_the_root(match: re.Match[str]) -> str:
+    there = (ROOT / "docs" / match["path"]).exists()
+    return match[0] if there else f"](../{match['path']})"
 
 
 def package() -> str:
