@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vllm_deterministic import compat
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.kernels.gemm import cpu, rows
 
-__all__ = ["arm", "certified"]
+__all__ = ["arm", "certified", "pack"]
 
 PRODUCT = "_C::onednn_mm"
 # (N, K, dtype, bias) -> number of its schedule. One certification serves all layers of a shape: the library chooses by
@@ -31,6 +32,23 @@ def packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> cpu.Gemm:
     return lambda x, y: product(y, x, bias, handler.handler_tensor)
 
 
+def pack(weight: torch.Tensor, has_bias: bool) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """(x [..., K], bias [N] or None) -> x @ weight.T + bias on the tree, with a packed copy of `weight` [N, K].
+
+    Raises CertificationError where the library has no schedule on the tree for this shape.
+    """
+    n, k = weight.shape
+    handler = ops.create_onednn_mm(weight.t(), 32)
+    packed = handler.handler_tensor
+    number = _schedule_number(n, k, weight.dtype, has_bias)
+
+    def product(x: torch.Tensor, bias: torch.Tensor | None, _owner: Any = handler) -> torch.Tensor:
+        # _owner keeps the packed weight alive; the traced op sees its address only.
+        return rows.linear(x, packed, bias, n, number)
+
+    return product
+
+
 def _dispatch(layer: Any, remove_weight: bool) -> None:
     """Stands for vLLM's dispatch_cpu_unquantized_gemm: packs the weight and sets `layer.cpu_linear`."""
     weight = layer.weight
@@ -41,17 +59,8 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
         raise UnsupportedError(
             f"a weight of shape {tuple(weight.shape)} is no linear layer that --deterministic covers"
         )
-    n, k = weight.shape
-    bias = getattr(layer, "bias", None)
-    handler = ops.create_onednn_mm(weight.t(), 32)
-    packed = handler.handler_tensor
-    number = _schedule_number(n, k, weight.dtype, bias is not None)
-
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, _owner: Any = handler) -> torch.Tensor:
-        # _owner keeps the packed weight alive; the traced op sees its address only.
-        return rows.linear(x, packed, bias, n, number)
-
-    layer.cpu_linear = linear
+    product = pack(weight, getattr(layer, "bias", None) is not None)
+    layer.cpu_linear = lambda x, weight, bias: product(x, bias)
     if remove_weight:
         layer.weight = torch.nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
 

@@ -1,0 +1,63 @@
+"""Small models with random weights: every family that the trainer has, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def _make(family: str, dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
+    """Two layers, grouped heads, a vocabulary that the server pads."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # logits that spread, gradients that are seen
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(20261125)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:  # made as ones and zeros, which would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Any]:
+    return _make
+
+
+@pytest.fixture(params=["Llama", "Qwen2", "Qwen3"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def plain_logprobs() -> Callable[..., torch.Tensor]:
+    """transformers' own: (model, token ids) -> [length - 1]."""
+
+    def scoring(model: Any, ids: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        wide = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return wide.gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+
+    return scoring
+
+
+@pytest.fixture(scope="session")
+def sequences() -> list[list[int]]:
+    """Lengths around the pages (128) and the tiles (32), in no order."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 500, (n,), generator=generator).tolist() for n in (5, 131, 2, 33, 64, 200, 17, 128)]

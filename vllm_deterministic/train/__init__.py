@@ -1,0 +1,12 @@
+"""Training on the server's own arithmetic: a trainer whose log-probabilities are the sampler's, bit for bit.
+
+    with deterministic_forward(model):
+        scores = logprobs(model, token_ids, first=prompt_lengths)
+
+Needs the extra `cpu`: the operators are the server's own.
+"""
+
+from vllm_deterministic.train.accumulate import accumulate
+from vllm_deterministic.train.patch import deterministic_forward, logprobs
+
+__all__ = ["accumulate", "deterministic_forward", "logprobs"]

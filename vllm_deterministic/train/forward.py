@@ -1,0 +1,139 @@
+"""The server's forward pass on the weights of a transformers model, layer by layer as vLLM's model files have it.
+
+vLLM adds a layer's output to the residual and normalises the sum before it is rounded; transformers rounds first. So
+the model's layers cannot be replaced one by one: the whole decoder is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE, pad_vocab_size
+
+from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.train.attention import Attention
+from vllm_deterministic.train.linear import Linear
+from vllm_deterministic.train.rows import RMSNorm, rotate, silu_and_mul
+from vllm_deterministic.train.sequences import Packed
+from vllm_deterministic.train.vocabulary import Embedding
+
+__all__ = ["MODELS", "Decoder"]
+
+# transformers' class of the causal model -> whether its attention normalises q and k.
+MODELS = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": False, "Qwen3ForCausalLM": True}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Decoder:
+    """The operators of one model. dtype: the server's; the parameters may be wider (f32 weights, a bf16 server)."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        check(model, dtype)
+        config, base = model.config, model.model
+        self.dtype, self.config, self.base = dtype, config, base
+        self.vocabulary = config.vocab_size
+        self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.embedding = Embedding(base.embed_tokens, dtype)
+        normed = MODELS[type(model).__name__]
+        self.layers = [_Layer(layer, self, normed) for layer in base.layers]
+        self.norm = RMSNorm(base.norm, config.rms_norm_eps, dtype)
+        padded = pad_vocab_size(self.vocabulary, DEFAULT_VOCAB_PADDING_SIZE) - self.vocabulary
+        self.head = Linear([model.lm_head], dtype, padded)
+        with set_current_vllm_config(VllmConfig()):
+            rope = get_rope(
+                self.size, config.max_position_embeddings, rope_parameters=config.rope_parameters, dtype=dtype
+            )
+        self.cos_sin = rope.cos_sin_cache.to(dtype)
+
+    def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """ids: [rows] i64 of the packed sequences; returns the hidden states before the head, [rows, H]."""
+        longest = max(packed.lengths)
+        if longest > len(self.cos_sin):
+            raise UnsupportedError(f"a sequence of {longest} tokens: the model has {len(self.cos_sin)} positions")
+        attention = Attention(
+            packed, self.config.num_attention_heads, self.config.num_key_value_heads, self.size, self.dtype
+        )
+        hidden: torch.Tensor = self.embedding(ids, packed)
+        residual: Any = None
+        again = self.base.training and torch.is_grad_enabled() and _checkpointing(self.base)
+        for layer in self.layers:
+            if again:
+                hidden, residual = checkpoint(layer, hidden, residual, attention, use_reentrant=False)
+            else:
+                hidden, residual = layer(hidden, residual, attention)
+        return self.norm.after_adding(hidden, residual, packed)[0]
+
+
+class _Layer:
+    def __init__(self, layer: Any, decoder: Decoder, normed: bool) -> None:
+        attention, mlp, eps = layer.self_attn, layer.mlp, decoder.config.rms_norm_eps
+        self.decoder, dtype = decoder, decoder.dtype
+        self.before = RMSNorm(layer.input_layernorm, eps, dtype)
+        self.between = RMSNorm(layer.post_attention_layernorm, eps, dtype)
+        self.qkv = Linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.norms = [RMSNorm(norm, eps, dtype) for norm in (attention.q_norm, attention.k_norm)] if normed else []
+        self.out = Linear([attention.o_proj], dtype)
+        self.gate_up = Linear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = Linear([mlp.down_proj], dtype)
+
+    def __call__(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, attention: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = attention.packed
+        if residual is None:
+            residual, hidden = hidden, self.before(hidden, packed)
+        else:
+            hidden, residual = self.before.after_adding(hidden, residual, packed)
+        qkv = self.qkv(hidden, packed)
+        if self.norms:
+            q, k, v = qkv.split(attention.widths, dim=-1)
+            q, k = (
+                norm(part.view(packed.rows, -1, attention.size), packed).view(packed.rows, -1)
+                for norm, part in zip(self.norms, (q, k), strict=True)
+            )
+            qkv = torch.cat((q, k, v), dim=-1)
+        qkv = rotate(qkv, packed.positions, self.decoder.cos_sin, attention.widths, attention.size)
+        hidden = self.out(attention(qkv), packed)
+        hidden, residual = self.between.after_adding(hidden, residual, packed)
+        return self.down(silu_and_mul(self.gate_up(hidden, packed)), packed), residual
+
+
+def _checkpointing(base: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in (base, *base.layers))
+
+
+def check(model: Any, dtype: torch.dtype) -> None:
+    """Raises UnsupportedError for a model whose forward pass the server's operators are not known to give."""
+    name = type(model).__name__
+    if name not in MODELS:
+        raise UnsupportedError(
+            f"{name}: the trainer has the forward pass of {', '.join(MODELS)} (adapters: merge them)"
+        )
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {dtype}: proved are {', '.join(map(str, DTYPES))}")
+    config = model.config
+    wrong = [
+        (getattr(config, "hidden_act", "silu") != "silu", f"hidden_act {getattr(config, 'hidden_act', None)!r}"),
+        ("sliding_attention" in (getattr(config, "layer_types", None) or ()), "sliding-window attention"),
+        (bool(getattr(config, "attention_dropout", 0)) and model.training, "attention_dropout: set it to 0"),
+        (any(p.device.type != "cpu" for p in model.parameters()), "parameters that are not on the CPU"),
+        (any(type(p.data) is not torch.Tensor for p in model.parameters()), "sharded or wrapped parameters"),
+        (
+            any(m.weight.dtype not in (dtype, torch.float32) for m in model.modules() if hasattr(m, "weight")),
+            f"parameters that are neither {dtype} nor float32",
+        ),
+    ]
+    for found, what in wrong:
+        if found:
+            raise UnsupportedError(f"{name}: the server's bits are not proved with {what}")
+    odd = [
+        name
+        for name, module in model.model.layers.named_modules()
+        if hasattr(module, "weight") and type(module) is not torch.nn.Linear and not name.endswith("norm")
+    ]
+    if odd:
+        raise UnsupportedError(f"layers.{odd[0]} is no plain linear layer: merge adapters, undo quantisation")
