@@ -120,6 +120,13 @@ CPU_SEAMS = {
         "vLLM breaks ties by token id",
     ),
     "weights": _WEIGHTS,
+    "weight_transfer": Seam(
+        "vllm.distributed.weight_transfer.factory",
+        "WeightTransferEngineFactory.register_engine",
+        ("name", "module_path_or_cls", "class_name"),
+        "vLLM's own backends move weights between GPUs",
+        _NEVER,
+    ),
 }
 _ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
 _COMPILED_SUM = "the compiler chooses the order of a norm's sum anew in every compilation"
@@ -260,6 +267,20 @@ WIRE_SEAMS = {
         ("self", "prompt", "sampling_params", "request_id"),
         "a receipt is made of every token and logprob as the engine gives it",
         "vLLM offers to watch a request's outputs",
+    ),
+    "start_weight_update": Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.start_weight_update",
+        ("self",),
+        "no answer may be computed with two sets of weights",
+        "vLLM drains requests before an update",
+    ),
+    "finish_weight_update": Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.finish_weight_update",
+        ("self", "weight_version"),
+        "the fingerprint names the weights, and cached prefixes were computed with the old ones",
+        "vLLM resets the prefix cache and names its weights",
     ),
     "chat_template": Seam(
         "transformers.utils.chat_template_utils",

@@ -19,6 +19,7 @@ __all__ = [
     "ENVIRONMENT",
     "PREVIEWS",
     "REQUEST_FIELDS",
+    "WEIGHT_TRANSFER",
     "Refusal",
     "engine_refusals",
     "environment_refusals",
@@ -91,6 +92,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
     "block_size": (None, 128),  # the fixed KV-cache page
     "distributed_executor_backend": (None, "mp", "uni"),
     "worker_cls": ("auto",),
+    "weight_transfer_config": ANY,  # its backend: see resolved_refusals
     # compiled and eager round at other places: the mode is part of the numerics id
     "enforce_eager": ANY,
     # watching
@@ -102,6 +104,9 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
         ANY,
     ),
 }
+
+# The backend of vLLM's weight-update API that is proved: --weight-transfer-config '{"backend": "safetensors"}'.
+WEIGHT_TRANSFER = "safetensors"
 
 _OFF = frozenset({"", "0"})
 _ON = frozenset({"", "1"})
@@ -212,8 +217,8 @@ def environment_refusals(device: str, environ: Mapping[str, str]) -> list[Refusa
 def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     """Refusals of what vLLM made of the options.
 
-    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal; on
-    CUDA also capability and executor.
+    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal,
+    weight_transfer (a backend, or None), compiled, api_servers; on CUDA also capability and executor.
     """
     device = facts["device"]
     if device not in ARCHITECTURES:
@@ -236,6 +241,8 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
         found.append(Refusal(f"--dtype {facts['dtype']}", f"it is not proved on {device}", f"Proved: {known}"))
     if device == "cuda":
         found += _card_refusals(facts)
+    if facts["weight_transfer"] is not None:
+        found += _update_refusals(facts)
     for fact, what in (
         ("quantization", "a quantised model"),
         ("is_moe", "a mixture-of-experts model"),
@@ -245,6 +252,22 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
             found.append(
                 Refusal(f"{fact} {facts[fact]}", f"{what} is not proved", "Serve a dense text model in bf16 or f32")
             )
+    return found
+
+
+def _update_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
+    option = "--weight-transfer-config"
+    found = []
+    if facts["device"] != "cpu":
+        found.append(Refusal(option, f"weight updates are not proved on {facts['device']}", "Leave it out"))
+    if (backend := facts["weight_transfer"]) != WEIGHT_TRANSFER:
+        proved = f'Proved: {{"backend": "{WEIGHT_TRANSFER}"}}'
+        found.append(Refusal(f"{option} {backend!r}", "this backend is not proved", proved))
+    if facts["compiled"]:
+        found.append(Refusal(option, "a compiled graph holds the packed weights", "Add --enforce-eager"))
+    if facts["api_servers"] > 1:
+        reason = "the other API servers would go on promising the old weights"
+        found.append(Refusal(option, reason, "Leave --api-server-count out"))
     return found
 
 

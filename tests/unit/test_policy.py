@@ -15,6 +15,9 @@ SERVED = {
     "quantization": None,
     "is_moe": False,
     "is_multimodal": False,
+    "weight_transfer": None,
+    "compiled": True,
+    "api_servers": 1,
 }
 
 
@@ -89,6 +92,21 @@ def test_a_card_of_another_family_and_another_executor() -> None:
 def test_resolved_facts_off_the_list(fact: str, value: object) -> None:
     with pytest.raises(UnsupportedError, match=str(value)):
         policy.refuse(policy.resolved_refusals({**SERVED, fact: value}))
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"weight_transfer": "nccl"}, "nccl"),
+        ({"compiled": True}, "--enforce-eager"),
+        ({"api_servers": 2}, "--api-server-count"),
+    ],
+)
+def test_weight_updates(facts: dict[str, object], named: str) -> None:
+    proved = {**SERVED, "weight_transfer": policy.WEIGHT_TRANSFER, "compiled": False}
+    assert policy.resolved_refusals(proved) == []
+    with pytest.raises(UnsupportedError, match=named):
+        policy.refuse(policy.resolved_refusals({**proved, **facts}))
 
 
 def test_request_fields() -> None:

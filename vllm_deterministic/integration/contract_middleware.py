@@ -11,10 +11,19 @@ from typing import Any
 
 from vllm_deterministic.serving import field, promise, splice
 from vllm_deterministic.serving.fingerprint import canonical
+from vllm_deterministic.serving.gate import gate
 from vllm_deterministic.serving.receipts import MAX_REQUEST_BYTES
 
 __all__ = ["Contract"]
 
+# vLLM's weight-update API, and what a trainer may call while an update is under way.
+WEIGHT_PATHS = frozenset(
+    f"/{name}"
+    for name in (
+        "init_weight_transfer_engine shutdown_weight_transfer_engine start_weight_update update_weights "
+        "finish_weight_update update_weight_version pause resume abort_requests"
+    ).split()
+)
 RECEIPT_PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -32,8 +41,11 @@ class Contract:
         kept = promise.kept()
         if scope["method"] == "GET" and kept is not None:
             await self._get(path, kept, scope, receive, send)
-        elif scope["method"] == "POST" and not _header(scope, b"content-type").startswith(b"multipart/"):
-            await self._post(path, kept, scope, receive, send)
+        elif scope["method"] == "POST" and kept is not None and path not in WEIGHT_PATHS:
+            async with gate.passing():  # asked for what is promised once inside: an update may have come before
+                await self._posted(path, scope, receive, send)
+        elif scope["method"] == "POST":
+            await self._posted(path, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -48,6 +60,12 @@ class Contract:
             await self.app(scope, receive, _Answering(send, lambda: members).whole)
         else:
             await self.app(scope, receive, send)
+
+    async def _posted(self, path: str, scope: Any, receive: Any, send: Any) -> None:
+        if _header(scope, b"content-type").startswith(b"multipart/"):
+            await self.app(scope, receive, send)
+        else:
+            await self._post(path, promise.kept(), scope, receive, send)
 
     async def _post(self, path: str, kept: promise.Promise | None, scope: Any, receive: Any, send: Any) -> None:
         if _turned_away(scope, path):

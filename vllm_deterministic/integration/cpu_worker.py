@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_deterministic.errors import UnsupportedError
-from vllm_deterministic.integration import cpu_attention, facts, linear, sampler, weights
+from vllm_deterministic.integration import cpu_attention, facts, linear, sampler, weight_engine, weights
 
 __all__ = ["DeterministicCPUWorker"]
 
@@ -20,20 +20,22 @@ class DeterministicCPUWorker(CPUWorker):
         linear.arm()
         sampler.arm()
         weights.arm()
+        weight_engine.arm()
         super().init_device()  # builds the sampler, which binds its functions
 
     def deterministic_report(self) -> dict[str, Any]:
         """What only the worker knows of the fingerprint and of GET /deterministic."""
         return {
             "weights": weights.digest(self.vllm_config.load_config.load_format),
-            "model_code": facts.model_code(self.model_runner.get_model()),
+            "model_code": facts.model_code(type(self.model_runner.get_model())),
             "architecture": facts.cpu_architecture(),
             "certified": [*linear.certified(), *cpu_attention.certified()],
         }
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        # A compiled graph holds the packed weights' addresses, cached prefixes were computed with the old weights, and
-        # the fingerprint names them.
+        # Behind the front end's back: cached prefixes were computed with the old weights, the fingerprint names them.
         raise UnsupportedError(
-            "--deterministic: weights cannot be changed in a running CPU server; start one with the new weights"
+            "--deterministic: weights are changed by vLLM's weight-update API (--weight-transfer-config), not like this"
         )
+
+    reset_weights = reload_weights

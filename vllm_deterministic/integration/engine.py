@@ -79,6 +79,9 @@ def resolved_facts(config: Any) -> dict[str, Any]:
         "quantization": model.quantization,
         "is_moe": model.is_moe,
         "is_multimodal": model.is_multimodal_model,
+        "weight_transfer": getattr(config.weight_transfer_config, "backend", None),
+        "compiled": config.compilation_config.mode.name != "NONE",
+        "api_servers": config.parallel_config._api_process_count,
     }
 
 
@@ -95,8 +98,9 @@ def _card_facts(config: Any) -> dict[str, Any]:
 
 def arm_front_end(config: Any, settings: Settings) -> None:
     """Arms the checks, seeds and receipts of requests in this process. Idempotent."""
-    from vllm_deterministic.integration import hidden_inputs, requests, wire
+    from vllm_deterministic.integration import hidden_inputs, requests, weight_update, wire
 
     wire.arm()
+    weight_update.arm()
     hidden_inputs.arm(settings.date)
     requests.arm(settings, server_seed=config.model_config.seed or 0)

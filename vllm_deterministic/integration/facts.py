@@ -50,10 +50,10 @@ def gpu_architecture(device: torch.device) -> dict[str, Any]:
     return {"machine": "cuda", "capability": f"{major}.{minor}"}
 
 
-def model_code(model: Any) -> dict[str, str]:
-    """Class of a loaded model and sha256 of the file that defines it, remote code included."""
-    source = Path(inspect.getfile(type(model))).read_bytes()
-    return {"class": type(model).__name__, "source": hashlib.sha256(source).hexdigest()}
+def model_code(model: type[Any]) -> dict[str, str]:
+    """Name of a model's class and sha256 of the file that defines it, remote code included."""
+    source = Path(inspect.getfile(model)).read_bytes()
+    return {"class": model.__name__, "source": hashlib.sha256(source).hexdigest()}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -45,7 +45,7 @@ class DeterministicGPUWorker(Worker):
         """What only the worker knows of the fingerprint and of GET /deterministic."""
         return {
             "weights": weights.digest(self.vllm_config.load_config.load_format),
-            "model_code": facts.model_code(self.model_runner.get_model()),
+            "model_code": facts.model_code(type(self.model_runner.get_model())),
             "architecture": facts.gpu_architecture(self.model_runner.device),
             "certified": [*gpu_linear.certified(), *attention.certified()],
         }

@@ -10,7 +10,7 @@ from vllm_deterministic import compat
 from vllm_deterministic.errors import SeamError
 from vllm_deterministic.serving.weights import WeightsDigest
 
-__all__ = ["arm", "digest"]
+__all__ = ["arm", "digest", "names", "replace"]
 
 _seen: WeightsDigest | None = None
 
@@ -28,6 +28,17 @@ def _hashed(get_all_weights: Callable[..., Any]) -> Callable[..., Any]:
         yield from _seen.watch(get_all_weights(self, model_config, model))
 
     return wrapped
+
+
+def names() -> frozenset[str]:
+    """Names of the checkpoint's tensors."""
+    return _seen.names if _seen is not None else frozenset()
+
+
+def replace(seen: WeightsDigest) -> None:
+    """The model has been loaded anew, with these."""
+    global _seen
+    _seen = seen
 
 
 def digest(load_format: str) -> str:

@@ -15,7 +15,7 @@ from vllm_deterministic.integration import facts
 from vllm_deterministic.serving import metrics, promise
 from vllm_deterministic.serving.signing import load_signer
 
-__all__ = ["arm", "named_in_metadata", "took"]
+__all__ = ["arm", "named_in_metadata", "promise_anew", "took"]
 
 logger = logging.getLogger("vllm.deterministic")
 
@@ -23,6 +23,10 @@ logger = logging.getLogger("vllm.deterministic")
 _USED = (
     "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed min_tokens max_tokens"
 ).split()
+
+
+# Engine, application state and arguments of this process's HTTP server.
+_server: tuple[Any, Any, Any] | None = None
 
 
 def arm() -> None:
@@ -34,23 +38,41 @@ def arm() -> None:
 def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(init_app_state)
     async def wrapped(engine_client: Any, state: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        reports = await engine_client.collective_rpc("deterministic_report")
-        of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
-        key = getattr(args, "deterministic_signing_key", None)
-        about = _about(reports[0], engine_client.vllm_config.device_config.device_type)
-        kept = promise.Promise.of(of_server, about, load_signer(key) if key else None)
-        promise.keep(kept)
-        metrics.certified_shapes.set(len(reports[0]["certified"]))
+        global _server
+        kept = await _promise(engine_client, args)
         # vLLM's own seam for the field `system_fingerprint`.
         args.fingerprint_mode, args.fingerprint_value = "custom", kept.fingerprint
-        logger.info(
-            "deterministic: %s, numerics %s, %s, weights %s, %d certified shapes; GET /deterministic says more",
-            kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12],
-            len(reports[0]["certified"]),
-        )  # fmt: skip
+        _server = (engine_client, state, args)
         return await init_app_state(engine_client, state, args, *rest, **kwargs)
 
     return wrapped
+
+
+async def _promise(engine_client: Any, args: Any) -> promise.Promise:
+    reports = await engine_client.collective_rpc("deterministic_report")
+    of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
+    key = getattr(args, "deterministic_signing_key", None)
+    about = _about(reports[0], engine_client.vllm_config.device_config.device_type)
+    kept = promise.Promise.of(of_server, about, load_signer(key) if key else None)
+    promise.keep(kept)
+    metrics.certified_shapes.set(len(reports[0]["certified"]))
+    logger.info(
+        "deterministic: %s, numerics %s, %s, weights %s, %d certified shapes; GET /deterministic says more",
+        kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12],
+        len(reports[0]["certified"]),
+    )  # fmt: skip
+    return kept
+
+
+async def promise_anew() -> None:
+    """The weights have changed: computes the fingerprint again, and has every later answer carry it."""
+    if _server is None:
+        return  # an engine without an HTTP server has promised nothing
+    engine_client, state, args = _server
+    kept = await _promise(engine_client, args)
+    for serving in vars(state)["_state"].values():
+        if hasattr(serving, "system_fingerprint"):
+            serving.system_fingerprint = kept.fingerprint
 
 
 def _about(report: Any, device: str) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class WeightsDigest:
         parts = self._pool.map(lambda chunk: hashlib.sha256(chunk).hexdigest(), chunks)
         return digest_of([str(tensor.dtype), list(tensor.shape), list(parts)])
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors seen so far."""
+        return frozenset(self._tensors)
+
     def hexdigest(self) -> str:
         """sha256 over all tensors seen, by name."""
         return digest_of(self._tensors)

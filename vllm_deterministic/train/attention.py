@@ -127,7 +127,7 @@ class Attention:
         return dqkv
 
     def _backward(self, qkv: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        """One sequence, in f32, its probabilities computed anew. Query heads that share keys are added by one product."""
+        """One sequence, in f32, its probabilities computed anew. Query heads of one key share its product."""
         length, group = qkv.shape[0], self.heads // self.kv_heads
         q, k, v = (part.view(length, -1, self.size) for part in qkv.split(self.widths, dim=-1))
         q = self._grouped(q, group)
