@@ -44,6 +44,7 @@ def theirs(model: Any, ids: list[list[int]]) -> torch.Tensor:
 
 
 def ours(model: Any, ids: list[list[int]]) -> torch.Tensor:
+    """Packs the weights anew each time, as after an optimiser's step."""
     with deterministic_forward(model):
         return torch.cat(logprobs(model, ids)).sum()
 
@@ -81,8 +82,8 @@ def main() -> None:
                     {
                         "what": f"{dtype}, {what}: forward{' and backward' if backward else ''}",
                         "unit": "s",
-                        "peer": round(statistics.median(peer for peer, _ in rounds), 4),
-                        "ours": round(statistics.median(mine for _, mine in rounds), 4),
+                        "peer": round(statistics.median(peer for peer, _ in pairs), 4),
+                        "ours": round(statistics.median(mine for _, mine in pairs), 4),
                         "ratio": round(statistics.median(ratios), 3),
                         "interval": [round(low, 3), round(high, 3)],
                     }
