@@ -73,10 +73,10 @@ def main() -> None:
             for backward in (False, True):
                 for score in (theirs, ours):
                     seconds(score, model, ids, backward)  # certificates, caches
-                rounds = [
+                pairs = [
                     [seconds(score, model, ids, backward) for score in (theirs, ours)] for _ in range(args.repeats)
                 ]
-                ratios = [peer / mine for peer, mine in rounds]
+                ratios = [peer / mine for peer, mine in pairs]
                 low, high = interval(ratios, RESAMPLES)
                 points.append(
                     {
