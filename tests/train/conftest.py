@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,24 @@ def _make(family: str, dtype: torch.dtype = torch.float32, tied: bool = False) -
             if "norm" in name or "bias" in name:  # made as ones and zeros, which would hide a mistake
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype)
+
+
+def _save(model: Any, folder: Path) -> Any:
+    """Writes a model that a server can load, with a tokenizer that has one word for each id; returns the tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(model.config.vocab_size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w2", unk_token="w0")
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[[Any, Path], Any]:
+    return _save
 
 
 @pytest.fixture(scope="session")

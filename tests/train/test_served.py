@@ -13,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm_deterministic import policy
 from vllm_deterministic.errors import DeterministicError, UnsupportedError
 from vllm_deterministic.models import prepare_default_model
 from vllm_deterministic.train import LiveServer, accumulate, deterministic_forward, logprobs
@@ -25,7 +26,7 @@ PROMPTS = ("The", "Once upon a time", "A lighthouse keeper finds a map behind a 
 
 
 def started(folder: Path, dtype: str, log: Path) -> Any:
-    options = ("--dtype", dtype, "--max-model-len", "1024", "--deterministic", "--enforce-eager", *UPDATES)
+    options = ("--dtype", dtype, "--max-model-len", "512", "--deterministic", "--enforce-eager", *UPDATES)
     return serve(folder, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}, log=log)
 
 
@@ -171,3 +172,25 @@ def test_half_an_update_is_no_update(server, model, tmp_path):
         with pytest.raises(DeterministicError):
             live._ask("POST", "/update_weights", {"update_info": {"path": str(tmp_path / "part.safetensors")}})
         assert live.send_weights(model) == old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@torch.no_grad()
+def test_every_family_that_is_served(family, dtype, make, save, tmp_path):
+    """Biased projections, normalised heads, a padded vocabulary: the small models, behind a server."""
+    if f"{family}ForCausalLM" not in policy.ARCHITECTURES["cpu"]:
+        pytest.skip(f"{family} is not served deterministically on CPU")
+    model = make(family, dtype)
+    save(model, tmp_path / "model")
+    name = str(dtype).removeprefix("torch.")
+    prompts = [list(range(start, start + length)) for start, length in ((5, 3), (60, 40), (100, 150))]
+    probes = [
+        Probe(str(i), prompt, None, 24, 1.0, i, n=2, logprobs=0, extra_body={"ignore_eos": True})
+        for i, prompt in enumerate(prompts)
+    ]
+    with started(tmp_path / "model", name, tmp_path / "log") as server, deterministic_forward(model):
+        LiveServer(server.url).check(model)
+        answers = [answer for probe in probes for answer in asyncio.run(ask(server.endpoint, probe))]
+        ids, first = whole(answers)
+        assert unequal(answers, logprobs(model, ids, first)) == 0

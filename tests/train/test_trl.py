@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,25 +15,11 @@ trl = pytest.importorskip("trl")
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 
-def tokenizer_of(folder: Path):
-    """A word for each id: the small model needs no more."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(500)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w2", unk_token="w0")
-    made.save_pretrained(folder)
-    return made
-
-
-def test_sampler_and_trainer_agree(make, tmp_path):
+def test_sampler_and_trainer_agree(make, save, tmp_path):
     from datasets import Dataset
 
     model = make("Llama")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer = tokenizer_of(tmp_path / "model")
+    tokenizer = save(model, tmp_path / "model")
     seen = []
 
     class Watching(trl.GRPOTrainer):
