@@ -123,6 +123,33 @@ def attention(report: dict[str, Any]) -> None:
     save(figure, "attention")
 
 
+WAYS = {
+    "default": ("default, uncorrected", "#c8553d", "--"),
+    "corrected": ("default, importance weights", "#d9a441", ":"),
+    "ours": ("deterministic", "#0b6e4f", "-"),
+}
+
+
+def rl_demo(report: dict[str, Any]) -> None:
+    """How far sampler and trainer are apart at each step, and the reward."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
+    panels = (("kl", "KL(sampler ‖ trainer)"), ("unequal", "share of tokens with another logprob"), ("reward", "reward"))
+    for axis, (what, title) in zip(axes, panels, strict=True):
+        for way, (label, colour, style) in WAYS.items():
+            if way in report["runs"]:
+                values = [step[what] for step in report["runs"][way]["steps"]]
+                axis.plot(values, style, color=colour, linewidth=2, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.grid(True, which="major", color="#eeeeee")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("symlog", linthresh=1e-6)  # zero is on the axis
+    axes[0].set_ylim(bottom=-2e-7)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{report['card']}, {report['date']}: {report['command']}", fontsize=8, color="#666666")
+    save(figure, "rl_demo")
+
+
 def save(figure: Any, name: str) -> None:
     PLOTS.mkdir(parents=True, exist_ok=True)
     # No date and no random ids in the file: the same results draw the same bytes.
@@ -131,7 +158,7 @@ def save(figure: Any, name: str) -> None:
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "vllm-deterministic"
-    for name, draw in (("gemm", gemm), ("attention", attention)):
+    for name, draw in (("gemm", gemm), ("attention", attention), ("rl_demo", rl_demo)):
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             draw(json.loads(path.read_text()))
