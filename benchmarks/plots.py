@@ -133,7 +133,7 @@ WAYS = {
 def rl_demo(report: dict[str, Any]) -> None:
     """How far sampler and trainer are apart at each step, and the reward."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
-    panels = (("kl", "KL(sampler ‖ trainer)"), ("unequal", "share of tokens with another logprob"), ("reward", "reward"))
+    panels = (("kl", "KL(sampler ‖ trainer)"), ("unequal", "share of tokens that differ"), ("reward", "reward"))
     for axis, (what, title) in zip(axes, panels, strict=True):
         for way, (label, colour, style) in WAYS.items():
             if way in report["runs"]:

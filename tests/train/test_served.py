@@ -22,11 +22,11 @@ from vllm_deterministic.verify.server import Server, serve
 
 pytestmark = pytest.mark.serving
 UPDATES = ("--weight-transfer-config", '{"backend": "safetensors"}')
-PROMPTS = ("The", "Once upon a time", "A lighthouse keeper finds a map behind a loose brick. " * 12)
+PROMPTS = ("The", "Once upon a time", "A lighthouse keeper finds a map behind a loose brick. " * 55)
 
 
 def started(folder: Path, dtype: str, log: Path) -> Any:
-    options = ("--dtype", dtype, "--max-model-len", "512", "--deterministic", "--enforce-eager", *UPDATES)
+    options = ("--dtype", dtype, "--max-model-len", "1024", "--deterministic", "--enforce-eager", *UPDATES)
     return serve(folder, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}, log=log)
 
 

@@ -11,6 +11,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_deterministic.kernels.attention import cpu
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = ["PAGE", "Attention"]
@@ -71,23 +72,25 @@ class Attention:
         return torch.cat(slots)
 
     @cached_property
-    def _lengths(self) -> torch.Tensor:
-        return torch.tensor(self.packed.lengths, dtype=torch.int32)
-
-    @cached_property
-    def _starts(self) -> torch.Tensor:
-        return torch.nn.functional.pad(self._lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    def _requests(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Starts [requests + 1], lengths and rows of the block table, as the server's attention is asked: in rounds."""
+        lengths = torch.tensor(self.packed.lengths, dtype=torch.int32)
+        starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        most = cpu.tokens_of_a_round(self.isa, self.heads, self.kv_heads)
+        starts, lengths, owner = cpu.pieces(starts, lengths, most)
+        return starts, lengths, self._block_table[owner]
 
     @cached_property
     def _schedule(self) -> torch.Tensor:
+        starts, lengths, _ = self._requests
         return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(self.packed.lengths),
+            num_reqs=len(lengths),
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.size,
-            seq_lens=self._lengths,
+            seq_lens=lengths,
             dtype=self.dtype,
-            query_start_loc=self._starts,
+            query_start_loc=starts,
             causal=True,
             sliding_window_size=-1,
             isa=self.isa,
@@ -100,19 +103,20 @@ class Attention:
         cache = qkv.new_zeros(sum(self._pages), self.kv_heads, 2 * PAGE, self.size)
         keys, values = cache.chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(k, v, keys, values, self._slots, self.isa)
+        starts, lengths, table = self._requests
         out = qkv.new_empty(qkv.shape[0], self.heads, self.size)
         ops.cpu_attention_with_kv_cache(
             query=q,
             key_cache=keys,
             value_cache=values,
             output=out,
-            query_start_loc=self._starts,
-            seq_lens=self._lengths,
+            query_start_loc=starts,
+            seq_lens=lengths,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=self._block_table,
+            block_table=table,
             softcap=0,
             scheduler_metadata=self._schedule,
             s_aux=None,
