@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 from vllm_deterministic.train import deterministic_forward, logprobs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
@@ -50,6 +51,17 @@ def test_padded_and_packed_batches_give_the_same_bits(family, dtype, sequences, 
         positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None]
         packed = model(flat, position_ids=positions).logits[0]
         assert torch.equal(packed, torch.cat(expected))
+
+
+@torch.no_grad()
+def test_threads_change_no_bit(sequences, make):
+    with deterministic_forward(make("Llama")) as model:
+        expected = logprobs(model, sequences)
+        torch.set_num_threads(2)
+        try:
+            assert all(map(torch.equal, logprobs(model, sequences), expected))
+        finally:
+            torch.set_num_threads(1)
 
 
 @torch.no_grad()
