@@ -22,7 +22,7 @@ def _make(family: str, dtype: torch.dtype = torch.float32, tied: bool = False) -
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.2,  # logits that spread, gradients that are seen
         tie_word_embeddings=tied,
     )
