@@ -11,6 +11,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import ConfigurationError
@@ -68,6 +69,10 @@ class SafetensorsEngine(WeightTransferEngine[Nothing, File]):
         if not self._seen.names:
             raise ConfigurationError("no weights have come since the update was started")
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            # A head that shares the embedding's weight was loaded none of its own: nobody has packed it anew.
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
         weights.replace(self._seen)
 
     def shutdown(self) -> None:
