@@ -121,7 +121,7 @@ def test_what_has_no_tree_is_refused_by_name() -> None:
 def test_a_cache_that_is_no_rows_of_slots_is_refused() -> None:
     odd = torch.zeros(4, 17 * 96 + 8)[:, : 17 * 96].reshape(4, 17, 2, 48)
     with pytest.raises(ConfigurationError, match="strides"):
-        Cache(torch.zeros(4, 1033).as_strided((4, 16, 1, 64), (1033, 64, 64, 1)), odd).rows
+        _ = Cache(torch.zeros(4, 1033).as_strided((4, 16, 1, 64), (1033, 64, 64, 1)), odd).rows
 
 
 def test_every_schedule_has_its_own_name() -> None:
