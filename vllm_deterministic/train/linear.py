@@ -48,7 +48,6 @@ class Linear:
         self, layers: Sequence[torch.nn.Linear | torch.nn.Embedding], dtype: torch.dtype, padded: int = 0
     ) -> None:
         self._layers, self._dtype, self._padded = list(layers), dtype, padded
-        self._seen: tuple[Any, ...] = ()
         self._snapshot: Snapshot | None = None
 
     @property
@@ -60,18 +59,18 @@ class Linear:
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        """The present weights, packed; packed again only after an optimiser has written to them."""
-        operands = self.operands
-        seen = tuple((id(p), p.data_ptr(), p._version) for stacked in operands for p in stacked)
-        if self._snapshot is None or seen != self._seen:
-            stacked = [torch.cat([p.to(self._dtype) for p in parameters]) for parameters in operands]
-            if self._padded:
-                stacked = [
-                    torch.nn.functional.pad(each, (0, 0) * (each.ndim - 1) + (0, self._padded)) for each in stacked
-                ]
-            self._snapshot = Snapshot(stacked[0], stacked[1] if len(stacked) > 1 else None)
-            self._seen = seen
-        return self._snapshot
+        """The present weights, packed again only where a bit has changed.
+
+        The bits are compared: fused optimisers write to parameters without raising their version.
+        """
+        stacked = [torch.cat([p.to(self._dtype) for p in parameters]) for parameters in self.operands]
+        if self._padded:
+            stacked = [torch.nn.functional.pad(each, (0, 0) * (each.ndim - 1) + (0, self._padded)) for each in stacked]
+        last = self._snapshot
+        kept = [] if last is None else [each for each in (last.weight, last.bias) if each is not None]
+        if last is None or not all(map(torch.equal, stacked, kept)):
+            last = self._snapshot = Snapshot(stacked[0], stacked[1] if len(stacked) > 1 else None)
+        return last
 
     def __call__(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """x: [rows, K] of the server's dtype; returns [rows, N]."""
