@@ -191,13 +191,6 @@ GPU_SEAMS = {
         "a model may multiply matrices outside of its linear layers",
         "vLLM lets a plugin look at the traced graph",
     ),
-    "lowered": Seam(
-        "vllm.compilation.passes.pass_manager",
-        "PostGradPassManager.__call__",
-        ("self", "graph"),
-        "Inductor would choose the order of a sum that is left in the graph it compiles",
-        "vLLM lets a plugin look at the lowered graph",
-    ),
     "clean_pages": Seam(
         "vllm.v1.kv_cache_interface",
         "KVCacheConfig.needs_kv_cache_zeroing",

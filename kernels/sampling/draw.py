@@ -38,11 +38,7 @@ def _draw_slice(
     """Grid: rows, slices. The rank of the slice's best token."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    # The state lies in the host's memory, which the card reads over the bus: all of it at once, ahead of the logits.
     request = tl.load(REQUESTS + row)
-    temperature = tl.load(TEMPERATURES + request)
-    seed = tl.load(SEEDS + request)
-    position = tl.load(POSITIONS + row).to(tl.int64)
     counter = part * LANES + tl.arange(0, LANES)
     token = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=float("-inf")))
@@ -51,7 +47,9 @@ def _draw_slice(
         if threshold > 0:
             least = logit_of(threshold)
             x = tl.where((x > least) | ((x == least) & (token <= token_of(threshold))), x, float("-inf"))
-    if (temperature != 0.0) & (tl.max(x) > float("-inf")):
+    if (tl.load(TEMPERATURES + request) != 0.0) & (tl.max(x) > float("-inf")):
+        seed = tl.load(SEEDS + request)
+        position = tl.load(POSITIONS + row).to(tl.int64)
         none = tl.zeros_like(counter).to(tl.uint32)
         low = none + (position & 0xFFFFFFFF).to(tl.uint32)
         high = none + (position >> 32).to(tl.uint32)

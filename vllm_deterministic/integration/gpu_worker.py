@@ -9,16 +9,7 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_deterministic import compat
-from vllm_deterministic.integration import (
-    attention,
-    audit,
-    facts,
-    gpu_compile,
-    gpu_linear,
-    gpu_norm,
-    gpu_sampler,
-    weights,
-)
+from vllm_deterministic.integration import attention, audit, facts, gpu_linear, gpu_norm, gpu_sampler, weights
 
 __all__ = ["DeterministicGPUWorker"]
 
@@ -32,7 +23,6 @@ class DeterministicGPUWorker(Worker):
         gpu_sampler.arm(self.vllm_config)
         attention.arm()
         audit.arm()
-        gpu_compile.arm(self.vllm_config)
         weights.arm()
         compat.install(compat.GPU_SEAMS["clean_pages"], lambda original: lambda self: True)
         super().init_device()
