@@ -102,6 +102,7 @@ def test_transformers_own_forward_differs(server, model):
     assert unequal(answers, scores) > 0
 
 
+@pytest.mark.slow  # minutes on two cores
 def test_an_update_in_place(server, model):
     live = LiveServer(server.url)
     before = sampled(server)
