@@ -191,13 +191,6 @@ GPU_SEAMS = {
         "a model may multiply matrices outside of its linear layers",
         "vLLM lets a plugin look at the traced graph",
     ),
-    "clean_pages": Seam(
-        "vllm.v1.kv_cache_interface",
-        "KVCacheConfig.needs_kv_cache_zeroing",
-        ("self",),
-        "a page holds what its last owner left behind the sequence's end: a NaN there would reach its next owner",
-        "an attention backend can ask for cleared pages",
-    ),
     "weights": _WEIGHTS,
 }
 _EARLY = "refuses a request before its stream has begun"
@@ -313,8 +306,6 @@ def probe(seam: Seam) -> Callable[..., Any]:
     """The seam's present function. Raises SeamError where it is missing or lacks a parameter we rely on."""
     owner, last = seam.holder()
     function = getattr(owner, last)
-    if isinstance(function, property):
-        function = function.fget
     have = tuple(inspect.signature(inspect.unwrap(function)).parameters)
     if have[: len(seam.parameters)] != seam.parameters:
         raise SeamError(f"{seam.name} of vLLM {vllm_version()} has changed: expected {seam.parameters}, found {have}")
@@ -325,10 +316,8 @@ def install(seam: Seam, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     """Replaces the seam's function by `wrap(function)`, once per process. Raises SeamError as `probe` does."""
     owner, last = seam.holder()
     raw = inspect.getattr_static(owner, last)
-    kind = next((kind for kind in (staticmethod, property) if isinstance(raw, kind)), None)
-    present = probe(seam)
-    if getattr(present, "_vllm_deterministic", False):
+    if getattr(getattr(owner, last), "_vllm_deterministic", False):
         return
-    replacement = wrap(present)
+    replacement = wrap(probe(seam))
     replacement._vllm_deterministic = True  # type: ignore[attr-defined]
-    setattr(owner, last, kind(replacement) if kind else replacement)
+    setattr(owner, last, staticmethod(replacement) if isinstance(raw, staticmethod) else replacement)

@@ -278,7 +278,6 @@ def _card_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
         what = f"a card of compute capability {facts['capability'][0]}.{facts['capability'][1]}"
         found.append(Refusal(what, "its kernels are not proved to be on the trees", f"Proved: {known}"))
     if facts["executor"] != "uni":
-        # Pages of the KV cache are cleared by the scheduler's and the worker's halves together: one process.
         option = f"--distributed-executor-backend {facts['executor']}"
         found.append(Refusal(option, "it is not proved on CUDA", "Leave it out: one card is served by one process"))
     return found

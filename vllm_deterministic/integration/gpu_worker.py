@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_deterministic import compat
 from vllm_deterministic.integration import attention, audit, facts, gpu_linear, gpu_norm, gpu_sampler, weights
 
 __all__ = ["DeterministicGPUWorker"]
@@ -24,7 +23,6 @@ class DeterministicGPUWorker(Worker):
         attention.arm()
         audit.arm()
         weights.arm()
-        compat.install(compat.GPU_SEAMS["clean_pages"], lambda original: lambda self: True)
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
