@@ -11,7 +11,8 @@ def top_k_top_p_by_row(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Te
     """Sets the logits outside a row's top-k and nucleus to -inf, in place, and returns `logits`.
 
     logits: [rows, vocab] f32. k: [rows] integer, vocab or more for "no limit", or None. p: [rows] f32, 1 for "no
-    limit", or None. Ties with the k-th logit are kept. A row with neither is not touched.
+    limit", or None. Of logits equal to the last one that fits, the lower token ids are kept. A row with neither is not
+    touched.
     """
     rows, vocab = logits.shape
     limits = [vocab] * rows if k is None else k.tolist()
@@ -20,9 +21,17 @@ def top_k_top_p_by_row(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Te
         if nucleus < 1.0:
             _nucleus(logits[row], min(limit, vocab), nucleus)
         elif 0 < limit < vocab:
-            line = logits[row]
-            line.masked_fill_(line < line.topk(limit).values[-1], float("-inf"))
+            _largest(logits[row], limit)
     return logits
+
+
+def _largest(line: torch.Tensor, limit: int) -> None:
+    """Keeps of one row the `limit` largest logits; of those equal to the last of them the lower token ids."""
+    least = line.topk(limit).values[-1]
+    above = int((line > least).sum())
+    ties = (line == least).nonzero()[:, 0]
+    line.masked_fill_(line < least, float("-inf"))
+    line[ties[limit - above :]] = float("-inf")
 
 
 def _nucleus(line: torch.Tensor, limit: int, nucleus: float) -> None:

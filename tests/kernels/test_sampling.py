@@ -52,6 +52,31 @@ def test_truncation_keeps_what_it_says() -> None:
     assert kept(4, 1.0) == [True, True, True, True]
 
 
+@pytest.mark.parametrize("k", [1, 2, 5, VOCAB - 1])
+def test_ties_at_the_kth_logit_go_to_the_lower_token_ids(k: int) -> None:
+    """Exactly k tokens stay, those that top_logprobs names, whatever the others are."""
+    rows = logits().to(torch.bfloat16).float()  # bf16 makes many equal values
+    rows[1] = 0.0
+    rows[2, ::2] = -0.0
+    rows[2, 1::2] = 0.0
+    limits = torch.full((len(rows),), k)
+    kept = top_k_top_p_by_row(rows.clone(), limits, None) > float("-inf")
+    expected = torch.zeros_like(kept).scatter_(1, top_logprobs(rows, k)[1], True)
+    assert torch.equal(kept, expected)
+    # The nucleus' path: of k equal tokens each is needed for nearly all of their mass.
+    nucleus = top_k_top_p_by_row(rows[1:2].clone(), limits[:1], torch.tensor([1 - 1e-6]))
+    assert torch.equal(nucleus > float("-inf"), expected[1:2])
+    # The control: what is kept by comparing with the k-th logit alone, as vLLM does, is more.
+    compared = rows >= rows.topk(k).values[:, -1:]
+    assert not torch.equal(compared, expected)
+
+
+def test_masked_tokens_stay_masked() -> None:
+    row = torch.tensor([[float("-inf"), 1.0, float("-inf"), 1.0, 1.0]])
+    kept = [(top_k_top_p_by_row(row.clone(), torch.tensor([k]), None) > -1e30)[0].tolist() for k in (1, 2, 4)]
+    assert [[at for at, stays in enumerate(one) if stays] for one in kept] == [[1], [1, 3], [1, 3, 4]]
+
+
 def test_ties_in_the_nucleus_go_to_the_lower_token_id() -> None:
     row = torch.zeros(1, 8)
     kept = top_k_top_p_by_row(row, None, torch.tensor([0.5]))[0] > -1e30
