@@ -98,6 +98,13 @@ CPU_SEAMS = {
         "how many queries of a request are in the batch decides where its keys are cut into tiles",
         "the CPU kernel's tiles of keys have one size",
     ),
+    "activation": Seam(
+        "vllm.model_executor.layers.activation",
+        "SiluAndMul.forward_native",
+        ("x",),
+        "eager PyTorch computes the ends of each thread's share with other code than the rest",
+        "PyTorch's vector and scalar SiLU agree",
+    ),
     "input_batch": Seam(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch.add_request",

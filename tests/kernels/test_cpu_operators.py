@@ -1,7 +1,8 @@
 """What vLLM's CPU build brings besides linear layers, operator by operator: a row's bits do not see the other rows.
 
-Norms, activation, rotary embedding and log-softmax are left as they are, and attention is asked without KV split and in
-rounds of one: that they are on one tree then is checked here, with one thread and with two, eager and compiled.
+Norms, rotary embedding and log-softmax are left as they are, the activation is cut at the border of rows, and attention
+is asked without KV split and in rounds of one: that they are on one tree then is checked here, eager and compiled, with
+one thread, with two, and with 5 and 7, whose equal shares of a batch end within a vector.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ platforms.current_platform.import_kernels()
 
 from vllm import _custom_ops as ops  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
+from vllm_deterministic.kernels import activation  # noqa: E402
 from vllm_deterministic.kernels.attention import cpu  # noqa: E402
 from vllm_deterministic.kernels.gemm.cpu import hard_rows  # noqa: E402
 
 from vllm_deterministic.errors import CertificationError  # noqa: E402
-from vllm_deterministic.integration import cpu_attention  # noqa: E402
+from vllm_deterministic.integration import cpu_activation, cpu_attention  # noqa: E402
 
 ROWS, HIDDEN, HEADS, GROUPS, HEAD = 150, 576, 9, 3, 64
+WIDER = 5
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
@@ -90,11 +93,12 @@ def norm_of_heads(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return lambda x, positions: layer(x.view(-1, HEADS, HEAD)).reshape(x.shape)
 
 
-def activation(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+def swiglu(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """As armed: the seam's function, over wider rows than the others, which a thread's share would cut."""
     from vllm.model_executor.layers.activation import SiluAndMul
 
-    layer = SiluAndMul()
-    return lambda x, positions: layer(x)
+    silu_and_mul = cpu_activation.by_whole_rows(SiluAndMul.forward_native)
+    return lambda x, positions: silu_and_mul(x.repeat(1, WIDER))
 
 
 def rotary_embedding(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -110,12 +114,18 @@ def log_softmax(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return lambda x, positions: Sampler.compute_logprobs(x.repeat(1, 85).float())  # a vocabulary of 48,960
 
 
-OPERATORS = (rms_norm, rms_norm_with_residual, norm_of_heads, activation, rotary_embedding, log_softmax)
+OPERATORS = (rms_norm, rms_norm_with_residual, norm_of_heads, swiglu, rotary_embedding, log_softmax)
+
+
+WAYS = [
+    *(("eager", threads) for threads in (1, 2, 5, 7)),
+    *(("compiled", threads) for threads in (1, 2)),
+    *(pytest.param("compiled", threads, marks=pytest.mark.slow) for threads in (5, 7)),
+]
 
 
 @dtypes
-@with_threads
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize(("how", "threads"), WAYS, indirect=["threads"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
 def test_a_row_does_not_see_the_others(operator, how: str, threads: int, dtype: torch.dtype) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -135,6 +145,26 @@ def test_the_check_sees_a_batch_dependent_sum(threads: int) -> None:
     assert not row_by_row(
         lambda x, positions: torch.nn.functional.linear(x, weight), hard_rows(ROWS, HIDDEN, torch.float32)
     )
+
+
+@pytest.mark.parametrize("threads", [5, 7], indirect=True)
+def test_vllms_own_activation_is_cut_within_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control; and a server whose PyTorch deals out otherwise than we think does not start."""
+    width = 1536
+    x = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([torch.nn.functional.silu(row) for row in x.split(1)])
+    for op, invariant in ((torch.nn.functional.silu, False), (activation.silu, True)):
+        assert all(torch.equal(op(x[:rows]), expected[:rows]) for rows in range(ROWS)) is invariant
+    activation.certify.__wrapped__(width, torch.float32, threads)
+    monkeypatch.setattr(activation, "whole_rows", lambda rows, width, threads: rows)
+    with pytest.raises(CertificationError, match=f"with {threads} threads.*VLLM_CPU_OMP_THREADS_BIND"):
+        activation.certify.__wrapped__(width, torch.float32, threads)
+
+
+def test_whole_rows() -> None:
+    assert [activation.whole_rows(rows, 1536, 1) for rows in (1, 22, 1000)] == [1, 22, 1000]
+    assert [activation.whole_rows(rows, 1536, 5) for rows in (21, 22, 23, 86, 150, 151)] == [21, 22, 22, 84, 150, 150]
+    assert activation.whole_rows(9, 40_000, 2) == 1
 
 
 PAGE = 128

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_deterministic.errors import UnsupportedError
-from vllm_deterministic.integration import cpu_attention, facts, linear, sampler, weight_engine, weights
+from vllm_deterministic.integration import cpu_activation, cpu_attention, facts, linear, sampler, weight_engine, weights
 
 __all__ = ["DeterministicCPUWorker"]
 
@@ -16,6 +16,7 @@ class DeterministicCPUWorker(CPUWorker):
     """Arms the CPU seams in its own process. Raises SeamError or CertificationError: then the server does not start."""
 
     def init_device(self) -> None:
+        cpu_activation.arm()
         cpu_attention.arm()
         linear.arm()
         sampler.arm()

@@ -13,6 +13,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import ir
 
+from vllm_deterministic.kernels import activation
 from vllm_deterministic.train.gradients import fold
 from vllm_deterministic.train.sequences import Packed
 
@@ -120,7 +121,7 @@ class _SiluAndMul(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         d = x.shape[-1] // 2
-        return torch.nn.functional.silu(x[..., :d]) * x[..., d:]
+        return activation.silu(x[..., :d]) * x[..., d:]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
