@@ -37,9 +37,10 @@ from vllm_deterministic.verify.server import Server, serve
 
 RESULT = Path(__file__).parent / "results" / "rl_demo.json"
 WAYS = ("default", "corrected", "ours", "again")
-GROUP, TOKENS, MICRO_BATCH = 8, 10, 16
+GROUP, TOKENS, MICRO_BATCH = 8, 6, 16
 SUMS = ((2, 3), (4, 4), (7, 2), (6, 5))
-LEARNING_RATE = 1e-5
+SHOWN = "1 + 1 = 2\n5 + 2 = 7\n3 + 3 = 6\n"  # the model knows what is asked, and is right in some of its answers
+LEARNING_RATE = 2e-5
 MOST_WEIGHT = 2.0  # at which importance weights are cut off
 
 # (token ids, prompt lengths, sampler's log-probabilities, advantages) -> trainer's log-probabilities, .grad filled
@@ -47,8 +48,7 @@ Step = Callable[[list[list[int]], list[int], list[torch.Tensor], list[float]], l
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
-    asked = [[{"role": "user", "content": f"What is {a} + {b}? Answer with a number only."}] for a, b in SUMS]
-    return [tokenizer.apply_chat_template(each, add_generation_prompt=True, return_dict=False) for each in asked]
+    return [tokenizer(f"{SHOWN}{a} + {b} =")["input_ids"] for a, b in SUMS]
 
 
 def reward(text: str, question: tuple[int, int]) -> float:

