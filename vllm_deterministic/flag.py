@@ -1,8 +1,9 @@
-"""The command line: `--deterministic` and its two companions, written into `additional_config`."""
+"""The command line: `--deterministic` and its companions; what the engine must know goes into `additional_config`."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from vllm_deterministic.contract import NUMERICS_VERSIONS, UNSEEDED_MODES, Settings
@@ -60,6 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Ed25519 private key (PEM, unencrypted) that signs receipts; GET /deterministic names its public key.",
     )
+    group.add_argument(
+        "--deterministic-self-check",
+        metavar="MINUTES",
+        type=float,
+        default=None,
+        help="Repeat one request every so many minutes beside whatever is being served, and compare its bits; a "
+        "difference is logged and counted (vllm_deterministic_self_checks_total).",
+    )
+    group.add_argument(
+        "--deterministic-self-check-stop",
+        action="store_true",
+        default=None,
+        help="A self-check that differs stops the promise: answers carry no fingerprint any more, and requests that "
+        "require determinism get 503.",
+    )
     _fold_after_parsing(parser)
 
 
@@ -87,7 +103,7 @@ def _fold_after_parsing(parser: argparse.ArgumentParser) -> None:
 def _fold(namespace: argparse.Namespace) -> None:
     given = {
         name: value
-        for name in ("numerics", "unseeded", "date", "signing_key")
+        for name in ("numerics", "unseeded", "date", "signing_key", "self_check", "self_check_stop")
         if (value := getattr(namespace, f"deterministic_{name}", None)) is not None
     }
     if hasattr(namespace, "middleware") and _CONTRACT not in (namespace.middleware or []):
@@ -101,7 +117,19 @@ def _fold(namespace: argparse.Namespace) -> None:
         raise ConfigurationError("--deterministic does not cover the gRPC server yet: serve without --grpc")
     if (key := given.pop("signing_key", None)) is not None:
         load_signer(key)  # a mistake is told before the model is loaded
+    _check_self_check(given.pop("self_check", None), bool(given.pop("self_check_stop", None)), namespace)
     settings = Settings(**given)
     namespace.additional_config = settings.merged_into(getattr(namespace, "additional_config", None))
     if settings.unseeded == "random" and hasattr(namespace, "middleware"):
         namespace.middleware = [*namespace.middleware, _SEED_HEADER]
+
+
+def _check_self_check(minutes: float | None, stops: bool, namespace: argparse.Namespace) -> None:
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigurationError(f"--deterministic-self-check: {minutes:g} is no number of minutes above 0")
+    if stops and minutes is None:
+        raise ConfigurationError("--deterministic-self-check-stop needs --deterministic-self-check MINUTES")
+    if stops and (getattr(namespace, "api_server_count", None) or 1) > 1:
+        raise ConfigurationError(
+            "--deterministic-self-check-stop: the other API servers would go on promising; leave --api-server-count out"
+        )

@@ -26,6 +26,7 @@ from vllm_deterministic.errors import CertificationError
 __all__ = [
     "MAX_TILE",
     "REFERENCE_ROWS",
+    "Found",
     "Gemm",
     "RowSchedule",
     "certified_row_counts",
@@ -86,6 +87,15 @@ class RowSchedule:
         out = y.new_empty(padded, y.shape[1])
         gemm(wide, out)
         y.copy_(out[:rows])
+
+
+@dataclass(frozen=True)
+class Found:
+    """Row counts on the tree and off it, as inclusive intervals, and the seconds it took to know."""
+
+    certified: list[tuple[int, int]]
+    dropped: list[tuple[int, int]]
+    seconds: float
 
 
 def hard_rows(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -228,7 +238,7 @@ def certify(
     dtype: torch.dtype,
     has_bias: bool,
     libraries: Mapping[str, str],
-) -> RowSchedule:
+) -> tuple[RowSchedule, Found]:
     """The schedule of every layer with a weight of [n, k], from the cached certificate where this machine has one.
 
     pack: the library's product with a packed weight [n, k] and bias [n]. libraries: versions that the product may
@@ -254,9 +264,10 @@ def certify(
     certified = [c for first, last in certificate.schedules["library"] for c in range(first, last + 1)]
     chosen = schedule(gemms, x, n, certified)
     missing = sorted(set(range(1, most + 1)) - set(certified))
+    took = time.perf_counter() - start
     logger.info(
         "linear %d x %d %s: %d of %d row counts are on the tree%s; 1 to %d rows run as %s (%.1f s, %d threads)",
         n, k, dtype, len(certified), most, f" (not {missing[:8]})" if missing else "", TIMED_ROWS,
-        list(chosen.padded[:TIMED_ROWS]), time.perf_counter() - start, torch.get_num_threads(),
+        list(chosen.padded[:TIMED_ROWS]), took, torch.get_num_threads(),
     )  # fmt: skip
-    return chosen
+    return chosen, Found(certificates.intervals(certified), certificates.intervals(missing), took)

@@ -14,6 +14,8 @@ def top_logprobs(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     its choice moves with k, which in a batch is the largest that a neighbour asked for. Here value and token id make
     one integer key, so no two are equal and a smaller k gives the head of a larger one.
     """
+    if k == 0:  # a receipt asks for the token's own logprob only: no pass over the vocabulary
+        return logprobs[:, :0], logprobs.new_empty((len(logprobs), 0), dtype=torch.int64)
     bits = logprobs.view(torch.int32).long()
     # IEEE order as integer order: the integers of negative floats count downwards. Both zeros become 0.
     ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)

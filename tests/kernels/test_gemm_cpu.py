@@ -174,7 +174,8 @@ def test_a_certificate_is_kept_and_a_broken_cache_costs_time_only(
 
     def calls(**libraries: str) -> int:
         made: list[int] = []
-        schedule = cpu.certify(counting(made), 8, 64, torch.float32, False, {"library": "1", **libraries})
+        schedule, found = cpu.certify(counting(made), 8, 64, torch.float32, False, {"library": "1", **libraries})
+        assert (found.certified, found.dropped) == ([(1, 128)], [])
         assert schedule.padded == tuple(range(1, 129))
         return len(made)
 

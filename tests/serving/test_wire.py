@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import openai
@@ -146,6 +147,42 @@ def test_metrics_count(servers, config):
     after = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
     assert server.metric("vllm_deterministic_certified_shapes") > 0
+    assert server.metric('vllm_deterministic_schedules{state="certified"}') > 32
+    assert server.metric('vllm_deterministic_schedules{state="dropped"}') >= 0
+    assert server.metric("vllm_deterministic_certification_seconds") > 0
+    for result in ("same", "differs", "failed"):  # no self-check was asked for
+        assert server.metric(f'vllm_deterministic_self_checks_total{{result="{result}"}}') == 0
+    assert server.log.read_text(errors="replace").count("schedules certified and") == 1
+
+
+REFUSED = {
+    "malformed": ({"deterministic": {"demand": True}}, "deterministic.*"),
+    "other_fingerprint": ({"deterministic": {"require": ELSEWHERE}}, "deterministic.require"),
+    "not_proved": ({"use_beam_search": True, "n": 2}, "use_beam_search"),
+    "receipt": (RECEIPT, "deterministic.receipt"),
+}
+
+
+@main
+def test_refusals_are_counted_by_reason(servers, config):
+    """Each by its own reason, once, and none of them as a request answered under the promise."""
+    server = servers.get(config)
+
+    def counted():
+        found = {}
+        for reason, (_, field) in REFUSED.items():
+            name = f'vllm_deterministic_refused_requests_total{{field="{field}",reason="{reason}"}}'
+            with contextlib.suppress(KeyError):
+                found[reason] = server.metric(name)
+        return found
+
+    answered = server.metric("vllm_deterministic_requests_total")
+    for reason, (body, _) in REFUSED.items():
+        before = counted()
+        with pytest.raises(openai.APIStatusError):
+            completion(server, prompt=["a", "b"], temperature=0, extra_body=body)
+        assert counted() == {**before, reason: before.get(reason, 0) + 1}
+    assert server.metric("vllm_deterministic_requests_total") == answered
 
 
 @main

@@ -65,6 +65,14 @@ def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-
         (["--deterministic", "--deterministic-signing-key", "no.pem"], "--deterministic-signing-key no.pem"),
         (["--deterministic", "--deterministic-date", "today"], "YYYY-MM-DD"),
         (["--deterministic", "--grpc"], "gRPC"),
+        (["--deterministic-self-check", "5"], "--deterministic-self-check needs --deterministic"),
+        (["--deterministic", "--deterministic-self-check", "0"], "minutes above 0"),
+        (["--deterministic", "--deterministic-self-check", "nan"], "minutes above 0"),
+        (["--deterministic", "--deterministic-self-check-stop"], "needs --deterministic-self-check MINUTES"),
+        (
+            "--deterministic --deterministic-self-check 5 --deterministic-self-check-stop --api-server-count 2".split(),
+            "leave --api-server-count out",
+        ),
     ],
 )
 def test_mistakes_are_named(parse, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]

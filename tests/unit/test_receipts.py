@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.server
 import json
 import math
@@ -324,6 +325,23 @@ def test_with_the_flag(kept: promise.Promise) -> None:
     assert json.loads(_ask(b"", "/deterministic", "GET")[1])["fingerprint"] == kept.fingerprint
     assert json.loads(_ask(b"", "/v1/models", "GET")[1])["deterministic"]["fingerprint"] == kept.fingerprint
     assert _ask(b"{}")[1] == b'{"id":"x"}'
+
+
+def test_a_stopped_promise(kept: promise.Promise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for nothing is answered, without the fingerprint; who requires the promise gets 503."""
+    demands = ("require", True, {"receipt": True}, {"require": kept.fingerprint})
+    bodies = [json.dumps({"deterministic": demand}).encode() for demand in demands]
+    assert [_ask(body)[0] for body in bodies] == [200] * 4  # the control: before it stopped
+    monkeypatch.setattr(promise, "_promise", dataclasses.replace(kept, stopped="because"))
+    for body in bodies:
+        status, answer, given = _ask(body)
+        assert (status, given) == (503, [])
+        assert "because" in json.loads(answer)["error"]["message"]
+    assert _ask(b'{"deterministic": {"require": "%s"}}' % OTHER.encode())[0] == 409
+    for body in (b"{}", b'{"deterministic": false}'):
+        assert _ask(body)[:2] == (200, b'{"id":"x"}')
+    assert kept.fingerprint.encode() not in _ask(b'{"stream": true}')[1]
+    assert json.loads(_ask(b"", "/deterministic", "GET")[1])["stopped"] == "because"
 
 
 def test_receipts_whole_and_streamed(kept: promise.Promise) -> None:

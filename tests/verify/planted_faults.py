@@ -11,6 +11,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_deterministic import compat
@@ -25,6 +26,16 @@ FRONT_END: dict[str, Callable[[], None]] = {}
 ENGINE: dict[str, Callable[[], None]] = {}
 # Faults that leave one of the plugin's replacements out.
 LEFT_OUT = {"untiled-linear": compat.CPU_SEAMS["linear"], "tie-order": compat.CPU_SEAMS["top_logprobs"]}
+
+
+def server_path(folder: Path) -> str:
+    """PYTHONPATH of a server that finds `plant`: its entry point is written into `folder`."""
+    metadata = folder / "planted_faults-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-faults\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted_faults = planted_faults:plant\n")
+    own = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    return os.pathsep.join([*own, str(folder), str(Path(__file__).parent)])
 
 
 def plant() -> None:

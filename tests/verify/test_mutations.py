@@ -126,14 +126,11 @@ def server_with(tmp_path: Path) -> Iterator[Callable[[str], object]]:
     """Starts a deterministic server with a fault; the fault's plugin exists on this server's path only."""
     from vllm_deterministic.models import prepare_default_model
 
-    metadata = tmp_path / "planted_faults-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-faults\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted_faults = planted_faults:plant\n")
+    path = planted_faults.server_path(tmp_path)
 
     def start(fault: str) -> object:
         environment = {
-            "PYTHONPATH": f"{tmp_path}:{HERE}",
+            "PYTHONPATH": path,
             planted_faults.VARIABLE: fault,
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }

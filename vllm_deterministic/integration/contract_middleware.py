@@ -25,6 +25,8 @@ WEIGHT_PATHS = frozenset(
     ).split()
 )
 RECEIPT_PATHS = ("/v1/completions", "/v1/chat/completions")
+PROMISED_PATHS = (*RECEIPT_PATHS, "/v1/responses")
+_ERROR_TYPES = {400: "BadRequestError", 409: "ConflictError", 503: "ServiceUnavailableError"}
 
 
 class Contract:
@@ -56,7 +58,8 @@ class Contract:
             else:
                 await _respond(send, 401, {"error": "Unauthorized"})
         elif path == "/v1/models":
-            members = {"deterministic": {"fingerprint": kept.fingerprint, "explained_by": "/deterministic"}}
+            about = {"fingerprint": kept.fingerprint, "stopped": kept.stopped, "explained_by": "/deterministic"}
+            members = {"deterministic": about}
             await self.app(scope, receive, _Answering(send, lambda: members).whole)
         else:
             await self.app(scope, receive, send)
@@ -74,18 +77,20 @@ class Contract:
         body, receive = await _read(receive)
         try:
             asked, request = field.read(body)
-            field.check(asked, kept.fingerprint if kept else None)
+            field.check(asked, kept.fingerprint if kept else None, kept.stopped if kept else None)
             recorder = _recorder(kept, path, request) if kept and asked.receipt else None
         except field.FieldError as refusal:
             if kept is not None:
                 _metrics().refused(refusal)
-            kind = "ConflictError" if refusal.status == 409 else "BadRequestError"
+            kind = _ERROR_TYPES[refusal.status]
             error = {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.status}
             await _respond(send, refusal.status, {"error": error})
             return
-        if kept is not None and path in (*RECEIPT_PATHS, "/v1/responses"):
-            _metrics().answered(asked)
-        if kept is None or path not in RECEIPT_PATHS:
+        if kept is None or kept.stopped or path not in PROMISED_PATHS:
+            await self.app(scope, receive, send)
+            return
+        send = _counting(send, asked)
+        if path not in RECEIPT_PATHS:
             await self.app(scope, receive, send)
             return
         token = promise.recording.set(recorder)
@@ -97,17 +102,29 @@ class Contract:
 
 def _recorder(kept: promise.Promise, path: str, request: dict[str, Any]) -> promise.Recorder:
     if path not in RECEIPT_PATHS:
-        raise field.FieldError(f"receipts are given by {' and '.join(RECEIPT_PATHS)}", "deterministic.receipt")
+        raise _no_receipt(f"receipts are given by {' and '.join(RECEIPT_PATHS)}")
     try:
         size = len(canonical(request))
     except ValueError as error:
-        raise field.FieldError("a request with NaN or infinity gets no receipt", "deterministic.receipt") from error
+        raise _no_receipt("a request with NaN or infinity gets no receipt") from error
     if size > MAX_REQUEST_BYTES:
-        raise field.FieldError(
-            f"a receipt repeats the request, which may have {MAX_REQUEST_BYTES} bytes and has {size}",
-            "deterministic.receipt",
-        )
+        raise _no_receipt(f"a receipt repeats the request, which may have {MAX_REQUEST_BYTES} bytes and has {size}")
     return promise.Recorder(kept, path, request)
+
+
+def _no_receipt(message: str) -> field.FieldError:
+    return field.FieldError(message, "deterministic.receipt", reason="receipt")
+
+
+def _counting(send: Any, asked: field.Asked) -> Any:
+    """The same send, which counts an answer under the promise once it begins: a refusal by vLLM is none."""
+
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            _metrics().answered(asked)
+        await send(message)
+
+    return sending
 
 
 class _Answering:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm import _custom_ops as ops
 from vllm_deterministic import compat
 from vllm_deterministic.kernels.attention import cpu
 
-__all__ = ["Shape", "arm", "certified", "one_sequence"]
+__all__ = ["Shape", "arm", "certified", "one_sequence", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Shape:
     window: int
 
 
-# Shape -> query tokens of a round.
-_certified: dict[Shape, int] = {}
+# Shape -> query tokens of a round, and the seconds that certifying them took.
+_certified: dict[Shape, tuple[int, float]] = {}
 
 
 def arm() -> None:
@@ -45,9 +46,17 @@ def arm() -> None:
 def certified() -> list[dict[str, Any]]:
     """The certified attention shapes of this worker."""
     return [
-        {"operator": "attention", **dataclasses.asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
-        for shape in _certified
-    ]
+        {
+            "operator": "attention", **dataclasses.asdict(shape), "dtype": str(shape.dtype).removeprefix("torch."),
+            "schedules": [(1, most)],
+        }
+        for shape, (most, _) in _certified.items()
+    ]  # fmt: skip
+
+
+def seconds() -> float:
+    """What certification took in this process."""
+    return sum(took for _, took in _certified.values())
 
 
 def _in_rounds_of_one(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,9 +93,10 @@ def _round(builder: Any) -> int:
     )
     if shape not in _certified:
         most = cpu.tokens_of_a_round(shape.isa, shape.heads, shape.groups)
+        start = time.perf_counter()
         cpu.certify(one_sequence(shape), most)
-        _certified[shape] = most
-    return _certified[shape]
+        _certified[shape] = (most, time.perf_counter() - start)
+    return _certified[shape][0]
 
 
 def one_sequence(shape: Shape) -> cpu.Attend:

@@ -31,6 +31,7 @@ class DeterministicCPUWorker(CPUWorker):
             "model_code": facts.model_code(type(self.model_runner.get_model())),
             "architecture": facts.cpu_architecture(),
             "certified": [*linear.certified(), *cpu_attention.certified()],
+            "certification_seconds": linear.seconds() + cpu_attention.seconds(),
         }
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:

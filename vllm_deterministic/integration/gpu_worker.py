@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,8 +31,10 @@ class DeterministicGPUWorker(Worker):
         config, model, device = self.vllm_config, self.model_runner.get_model(), self.model_runner.device
         scheduler, dtype = config.scheduler_config, config.model_config.dtype
         assert isinstance(dtype, torch.dtype)  # resolved by now
+        start = time.perf_counter()
         gpu_linear.certify_model(model, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
         attention.certify_model(model, dtype, config.model_config.max_model_len, device)
+        self._certification_seconds = time.perf_counter() - start
 
     def determine_available_memory(self) -> int:
         # The first run of the model. A compiled one is audited as a graph, an eager one operator by operator.
@@ -46,4 +49,5 @@ class DeterministicGPUWorker(Worker):
             "model_code": facts.model_code(type(self.model_runner.get_model())),
             "architecture": facts.gpu_architecture(self.model_runner.device),
             "certified": [*gpu_linear.certified(), *attention.certified()],
+            "certification_seconds": self._certification_seconds,
         }

@@ -7,9 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
 from vllm_deterministic import compat
+from vllm_deterministic.integration.refusals import refusal
 
 __all__ = ["arm"]
 
@@ -35,9 +34,10 @@ def _without_clock(compile_template: Callable[..., Any]) -> Callable[..., Any]:
 
 def _strftime(form: str) -> str:
     if _date is None:
-        raise VLLMValidationError(
+        raise refusal(
             "the chat template puts today's date into the prompt, so tomorrow's answer would be another: start the "
             "server with --deterministic-date YYYY-MM-DD",
             parameter="messages",
+            reason="date",
         )
     return _date.strftime(form)

@@ -12,12 +12,12 @@ from vllm_deterministic import compat
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.kernels.gemm import cpu, rows
 
-__all__ = ["arm", "certified", "pack"]
+__all__ = ["arm", "certified", "pack", "seconds"]
 
 PRODUCT = "_C::onednn_mm"
-# (N, K, dtype, bias) -> number of its schedule. One certification serves all layers of a shape: the library chooses by
-# shape.
-_schedules: dict[tuple[int, int, torch.dtype, bool], int] = {}
+# (N, K, dtype, bias) -> number of its schedule, and what certification found. One certification serves all layers of a
+# shape: the library chooses by shape.
+_schedules: dict[tuple[int, int, torch.dtype, bool], tuple[int, cpu.Found]] = {}
 
 
 def arm() -> None:
@@ -68,14 +68,22 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
 def _schedule_number(n: int, k: int, dtype: torch.dtype, has_bias: bool) -> int:
     key = (n, k, dtype, has_bias)
     if key not in _schedules:
-        schedule = cpu.certify(packed_product, n, k, dtype, has_bias, {"vllm": compat.vllm_version()})
-        _schedules[key] = rows.add_schedule(PRODUCT, n, k, schedule)
-    return _schedules[key]
+        schedule, found = cpu.certify(packed_product, n, k, dtype, has_bias, {"vllm": compat.vllm_version()})
+        _schedules[key] = (rows.add_schedule(PRODUCT, n, k, schedule), found)
+    return _schedules[key][0]
 
 
 def certified() -> list[dict[str, Any]]:
-    """The certified weight shapes of this worker."""
+    """The certified weight shapes of this worker. A schedule of the library is a number of rows."""
     return [
-        {"operator": "linear", "n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "bias": bias}
-        for n, k, dtype, bias in _schedules
-    ]
+        {
+            "operator": "linear", "n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "bias": bias,
+            "schedules": found.certified, "dropped": found.dropped,
+        }
+        for (n, k, dtype, bias), (_, found) in _schedules.items()
+    ]  # fmt: skip
+
+
+def seconds() -> float:
+    """What certification took in this process."""
+    return sum(found.seconds for _, found in _schedules.values())

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 from prometheus_client import Counter
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_deterministic import compat, policy
 from vllm_deterministic.contract import Settings
 from vllm_deterministic.integration import wire
+from vllm_deterministic.integration.refusals import refusal
 from vllm_deterministic.kernels.sampling.noise import derive_seed
 
 __all__ = ["SEED_HEADER", "arm", "seeds_given"]
@@ -68,9 +68,10 @@ def _refuse(request: Any) -> None:
         if getattr(request, name) != fields[name].get_default(call_default_factory=True)
     ]
     if (field := policy.request_refusal(stated)) is not None:
-        raise VLLMValidationError(
+        raise refusal(
             f"{field!r} is not proved deterministic: leave it out, or ask a server without --deterministic",
             parameter=field,
+            reason="not_proved",
             value=getattr(request, field),
         )
 

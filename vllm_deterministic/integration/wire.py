@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_deterministic import __version__, compat, policy
 from vllm_deterministic.integration import facts
+from vllm_deterministic.integration.refusals import refusal
 from vllm_deterministic.serving import metrics, promise
 from vllm_deterministic.serving.signing import load_signer
 
-__all__ = ["arm", "named_in_metadata", "promise_anew", "took"]
+__all__ = ["arm", "named_in_metadata", "promise_anew", "stop", "took"]
 
 logger = logging.getLogger("vllm.deterministic")
 
@@ -43,6 +44,10 @@ def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
         # vLLM's own seam for the field `system_fingerprint`.
         args.fingerprint_mode, args.fingerprint_value = "custom", kept.fingerprint
         _server = (engine_client, state, args)
+        if minutes := getattr(args, "deterministic_self_check", None):
+            from vllm_deterministic.integration import canary  # it stops what is promised here
+
+            await canary.watch(engine_client, minutes, bool(args.deterministic_self_check_stop))
         return await init_app_state(engine_client, state, args, *rest, **kwargs)
 
     return wrapped
@@ -53,13 +58,16 @@ async def _promise(engine_client: Any, args: Any) -> promise.Promise:
     of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
     key = getattr(args, "deterministic_signing_key", None)
     about = _about(reports[0], engine_client.vllm_config.device_config.device_type)
-    kept = promise.Promise.of(of_server, about, load_signer(key) if key else None)
+    before, kept = promise.kept(), promise.Promise.of(of_server, about, load_signer(key) if key else None)
+    if before is not None:
+        kept = dataclasses.replace(kept, stopped=before.stopped)  # new weights do not mend the arithmetic
     promise.keep(kept)
-    metrics.certified_shapes.set(len(reports[0]["certified"]))
+    certified = metrics.certified(reports[0]["certified"], reports[0]["certification_seconds"])
+    minutes = getattr(args, "deterministic_self_check", None)
     logger.info(
-        "deterministic: %s, numerics %s, %s, weights %s, %d certified shapes; GET /deterministic says more",
-        kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12],
-        len(reports[0]["certified"]),
+        "deterministic: %s, numerics %s, %s, weights %s, %s, self-check %s; GET /deterministic says more",
+        kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12], certified,
+        f"every {minutes:g} min" if minutes else "off",
     )  # fmt: skip
     return kept
 
@@ -68,11 +76,24 @@ async def promise_anew() -> None:
     """The weights have changed: computes the fingerprint again, and has every later answer carry it."""
     if _server is None:
         return  # an engine without an HTTP server has promised nothing
-    engine_client, state, args = _server
-    kept = await _promise(engine_client, args)
-    for serving in vars(state)["_state"].values():
+    _stamp((await _promise(_server[0], _server[2])).stamp)
+
+
+def stop(reason: str) -> None:
+    """From now on answers carry no fingerprint, and requests that require the promise get 503."""
+    kept = promise.kept()
+    assert kept is not None  # only a kept promise is checked
+    if kept.stopped is None:
+        promise.keep(dataclasses.replace(kept, stopped=reason))
+        _stamp(None)
+        logger.error("deterministic: promises nothing any more: %s", reason)
+
+
+def _stamp(fingerprint: str | None) -> None:
+    assert _server is not None
+    for serving in vars(_server[1])["_state"].values():
         if hasattr(serving, "system_fingerprint"):
-            serving.system_fingerprint = kept.fingerprint
+            serving.system_fingerprint = fingerprint
 
 
 def _about(report: Any, device: str) -> dict[str, Any]:
@@ -92,9 +113,8 @@ def _recording(generate: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return generate(self, prompt, sampling_params, *args, **kwargs)
         if recorder.begun:
-            raise VLLMValidationError(
-                "a receipt covers one prompt: ask for each prompt on its own", parameter="deterministic.receipt"
-            )
+            message = "a receipt covers one prompt: ask for each prompt on its own"
+            raise refusal(message, parameter="deterministic.receipt", reason="receipt")
         recorder.begin(sampling_params.n)
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # those of the chosen tokens; vLLM shows them to nobody who did not ask
@@ -121,8 +141,8 @@ def named_in_metadata(to_sampling_params: Callable[..., Any]) -> Callable[..., A
     @functools.wraps(to_sampling_params)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         params = to_sampling_params(self, *args, **kwargs)
-        if (kept := promise.kept()) is not None:
-            self.metadata = {**(self.metadata or {}), "system_fingerprint": kept.fingerprint}
+        if (kept := promise.kept()) is not None and kept.stamp:
+            self.metadata = {**(self.metadata or {}), "system_fingerprint": kept.stamp}
         return params
 
     return wrapped

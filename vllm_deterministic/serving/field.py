@@ -22,11 +22,14 @@ _KEYS = ("require", "receipt")
 
 
 class FieldError(Exception):
-    """A refusal: an HTTP status, the parameter that is at fault, and a message that says what to change."""
+    """A refusal: an HTTP status, the parameter that is at fault, and a message that says what to change.
 
-    def __init__(self, message: str, param: str = FIELD, status: int = 400) -> None:
+    reason: what the metrics count it under.
+    """
+
+    def __init__(self, message: str, param: str = FIELD, status: int = 400, reason: str = "malformed") -> None:
         super().__init__(message)
-        self.param, self.status = param, status
+        self.param, self.status, self.reason = param, status, reason
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,11 @@ def parse(value: Any) -> Asked:
     return Asked(required=require, receipt=receipt)
 
 
-def check(asked: Asked, fingerprint: str | None) -> None:
-    """Raises FieldError where the server cannot keep what is asked. fingerprint: None on a server without the flag."""
+def check(asked: Asked, fingerprint: str | None, stopped: str | None = None) -> None:
+    """Raises FieldError where the server cannot keep what is asked.
+
+    fingerprint: None on a server without the flag. stopped: why the server has stopped to promise, where it has.
+    """
     if fingerprint is None:
         if asked.required or asked.receipt:
             raise FieldError("this server promises no determinism: start it with --deterministic, or ask one that was")
@@ -102,7 +108,10 @@ def check(asked: Asked, fingerprint: str | None) -> None:
             "says what it is made of",
             f"{FIELD}.require",
             409,
+            "other_fingerprint",
         )
+    elif stopped is not None and (asked.required or asked.receipt):
+        raise FieldError(f"this server has stopped to promise determinism: {stopped}", FIELD, 503, "stopped")
 
 
 def _short(text: str) -> str:

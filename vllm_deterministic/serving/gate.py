@@ -34,7 +34,13 @@ class Gate:
         """Lets nobody in any more, and waits until nobody is inside."""
         async with self._changed:
             self._open = False
+            self._changed.notify_all()
             await self._changed.wait_for(lambda: not self._inside)
+
+    async def closing(self) -> None:
+        """Returns once somebody has begun to close it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._open)
 
     async def open(self) -> None:
         """Lets those who wait in."""

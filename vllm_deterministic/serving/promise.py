@@ -16,22 +16,33 @@ __all__ = ["Promise", "Recorder", "keep", "kept", "recording"]
 
 @dataclass(frozen=True)
 class Promise:
-    """The contract of a server. about: what GET /deterministic says besides the fingerprint and its parts."""
+    """The contract of a server.
+
+    about: what GET /deterministic says besides the fingerprint and its parts. stopped: why it is not kept any more,
+    where a self-check has stopped it.
+    """
 
     fingerprint: str
     parts: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
     signer: Signer | None = None
+    stopped: str | None = None
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, about: Mapping[str, Any], signer: Signer | None) -> Promise:
         return cls(str(fingerprint), fingerprint.parts, about, signer)
 
     @property
+    def stamp(self) -> str | None:
+        """What answers carry: the fingerprint, while the promise is kept."""
+        return None if self.stopped else self.fingerprint
+
+    @property
     def description(self) -> dict[str, Any]:
         """The body of GET /deterministic."""
         key = {"signing_key": self.signer.public_key} if self.signer else {}
-        return {"fingerprint": self.fingerprint, "parts": dict(self.parts), **self.about, **key}
+        said = {"fingerprint": self.fingerprint, "stopped": self.stopped, "parts": dict(self.parts)}
+        return {**said, **self.about, **key}
 
 
 _promise: Promise | None = None
