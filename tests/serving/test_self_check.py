@@ -15,7 +15,7 @@ from vllm_deterministic.verify.probes import Probe, hang_up, run_load
 from vllm_deterministic.verify.server import Server, serve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "verify"))
-import planted_faults  # noqa: E402
+import planted_faults
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 

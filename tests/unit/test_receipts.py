@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import http.server
 import json
 import math
@@ -264,8 +265,14 @@ class Engine:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _ask(body: bytes, path: str = "/v1/completions", method: str = "POST", key: str = "", keys: Any = None) -> Any:
-    """Status, header names and body of the answer, and what the engine was given."""
+def _ask(*args: Any, **kwargs: Any) -> Any:
+    return asyncio.run(_asked(*args, **kwargs))
+
+
+async def _asked(
+    body: bytes, path: str = "/v1/completions", method: str = "POST", key: str = "", keys: Any = None
+) -> Any:
+    """Status and body of the answer, and what the engine was given."""
     from vllm_deterministic.integration.contract_middleware import Contract
 
     engine, sent = Engine(), []
@@ -284,7 +291,7 @@ def _ask(body: bytes, path: str = "/v1/completions", method: str = "POST", key: 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Contract(engine)(scope, receive, send))
+    await Contract(engine)(scope, receive, send)
     answer = b"".join(message.get("body", b"") for message in sent)
     length = dict(sent[0]["headers"]).get(b"content-length")
     if length not in (None, b"9"):  # else a stream, or the engine's own answer, untouched
@@ -389,23 +396,49 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=10_000, deadline=None)
-@given(value=_VALUES)
-def test_fuzzed_fields_are_answered_or_refused(value: Any) -> None:
-    """Never another exception, which would be a 500; and a refusal always has a message that JSON can carry."""
-    refusal = None
-    try:
-        asked, _ = field.read(json.dumps({"prompt": "x", "deterministic": value}).encode())
-        field.check(asked, str(FINGERPRINT))
-    except field.FieldError as error:
-        refusal = error
-    known = isinstance(value, dict) and set(value) <= {"require", "receipt"}
-    allowed = value in ("require", None) or isinstance(value, bool)
-    allowed |= known and all(isinstance(part, bool) for part in value.values())
-    assert (refusal is None) == allowed
-    if refusal is not None:
-        assert refusal.status in (400, 409)
-        assert len(json.dumps([str(refusal), refusal.param])) < 1000
+NEIGHBOUR = b'{"prompt": "y", "deterministic": {"receipt": true}}'
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_fuzzed_fields_are_answered_or_refused(kept: promise.Promise, cases: int) -> None:
+    """Through the middleware: never an exception, which would be a 500; a refusal is short JSON; a neighbour that is
+    answered at the same time gets the bytes it gets alone."""
+
+    @settings(max_examples=cases, deadline=None)
+    @given(value=_VALUES, stream=st.booleans())
+    def asking(value: Any, stream: bool) -> None:
+        body = json.dumps({"prompt": "x", "deterministic": value, **({"stream": True} if stream else {})}).encode()
+
+        async def together() -> Any:
+            return await asyncio.gather(_asked(body), _asked(NEIGHBOUR))
+
+        (status, answer, given_on), neighbour = asyncio.run(together())
+        known = isinstance(value, dict) and set(value) <= {"require", "receipt"}
+        allowed = value in ("require", None) or isinstance(value, bool)
+        allowed |= known and all(isinstance(part, bool) for part in value.values())
+        if allowed:
+            assert (status, given_on) == (200, [body])
+        else:
+            assert status in (400, 409)
+            assert given_on == []
+            assert len(answer) < 1000
+            assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
+        assert neighbour == _alone(kept.fingerprint)
+
+    asking()
+
+
+@functools.cache
+def _alone(fingerprint: str) -> Any:
+    """What the neighbour gets from a server that is left to it."""
+    del fingerprint
+    return _ask(NEIGHBOUR)
+
+
+def test_a_neighbour_would_be_seen(kept: promise.Promise) -> None:
+    """The control: what the fuzz compares is the whole answer, receipt included."""
+    assert _ask(NEIGHBOUR) == _alone(kept.fingerprint)
+    assert _ask(NEIGHBOUR.replace(b"y", b"z")) != _alone(kept.fingerprint)
 
 
 @settings(max_examples=2_000, deadline=None)
