@@ -80,7 +80,9 @@ def offline(folder, tmp_path, state: str) -> dict:
     command = [sys.executable, str(script), str(folder), state, str(result)]
     environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    # Not the exit code: the script writes at its end, and after it vLLM's daemon threads can abort the interpreter that
+    # is shutting down ("terminate called without an active exception", once in some twenty runs).
+    assert result.exists(), (done.stdout + done.stderr)[-6000:]
     return json.loads(result.read_text())
 
 
