@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["add_arguments"]
 _SEED_HEADER = "vllm_deterministic.integration.middleware.SeedHeader"
 _CONTRACT = "vllm_deterministic.integration.contract_middleware.Contract"
 _VALUE_GIVEN = "argument --deterministic: ignored explicit argument"
+_NO_VALUE = "--deterministic takes no value: give it alone to switch determinism on, leave it out otherwise"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +86,9 @@ def _fold_after_parsing(parser: argparse.ArgumentParser) -> None:
 
     def folding(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = parse_known_args(*args, **kwargs)
+        given = [word for flag, word in itertools.pairwise(args[0] if args else ()) if flag == "--deterministic"]
+        if any(word in rest and not word.startswith("-") for word in given):
+            error(_NO_VALUE)  # else the parser above would say that it does not know the value
         try:
             _fold(namespace)
         except ConfigurationError as reason:
@@ -92,7 +97,7 @@ def _fold_after_parsing(parser: argparse.ArgumentParser) -> None:
 
     def explaining(message: str) -> Any:
         if message.startswith(_VALUE_GIVEN):
-            message = "--deterministic takes no value: give it alone to switch determinism on, leave it out otherwise"
+            message = _NO_VALUE
         error(message)
 
     # On the instance: other parsers of the process keep argparse's behaviour.

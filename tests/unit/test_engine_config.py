@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_deterministic.compat import CPU_SEAMS
+from vllm_deterministic.compat import CPU_SEAMS, REQUEST_SEAMS
 
 pytest.importorskip("vllm", reason="configures a real vLLM")
 
@@ -43,7 +43,7 @@ PROGRAM = """
 import json, os, sys
 from vllm.engine.arg_utils import EngineArgs
 from vllm_deterministic import compat
-SEAMS = {**compat.CPU_SEAMS, **compat.REQUEST_SEAMS}
+SEAMS = {**compat.CPU_SEAMS, **compat.REQUEST_SEAMS, **compat.WIRE_SEAMS}
 def run(options, env, sabotage):
     folder = os.path.join(sys.argv[1], options.pop("model", ""))
     args = EngineArgs(model=folder, skip_tokenizer_init=True, **options)
@@ -136,7 +136,8 @@ def test_with_the_flag_the_policy_is_applied(ours: dict, stock: dict) -> None:  
     """The control of the test above, and the seams of the front end in place."""
     assert ours["on"]["hash"] != stock["hash"]
     assert ours["on"]["worker"].endswith("DeterministicCPUWorker")
-    assert {"chat", "completion", "responses", "process_inputs"} <= set(ours["on"]["replaced"])
+    # The worker's own seams are replaced in its own process.
+    assert {*REQUEST_SEAMS, "chat_template"} <= set(ours["on"]["replaced"])
 
 
 @pytest.mark.parametrize("named", [named for _, _, named in REFUSED])

