@@ -73,20 +73,18 @@ def engine_options() -> str:
     """Every option of the engine that may be given."""
     free = sorted(name for name, values in policy.ENGINE_OPTIONS.items() if values is None and name[0] != "_")
     bound = {name: values for name, values in policy.ENGINE_OPTIONS.items() if values is not None}
-    rows = [(f"`{_flag(name)}`", _code(v for v in values if v is not None)) for name, values in sorted(bound.items())]
+    rows = [
+        (f"`{policy.flag(name)}`", _code(v for v in values if v is not None)) for name, values in sorted(bound.items())
+    ]
     return (
         f"{_table(('option', 'values'), rows)}\n\n"
-        f'??? note "{len(free)} options that may have any value"\n    {_code(_flag(name) for name in free)}'
+        f'??? note "{len(free)} options that may have any value"\n    {_code(policy.flag(name) for name in free)}'
     )
 
 
 def request_fields() -> str:
     """Every field of a request that may be set."""
     return _code(sorted(policy.REQUEST_FIELDS))
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
 
 
 def options() -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "Refusal",
     "engine_refusals",
     "environment_refusals",
+    "flag",
     "refuse",
     "refused_features",
     "request_refusal",
@@ -95,6 +96,12 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
     "weight_transfer_config": ANY,  # its backend: see resolved_refusals
     # compiled and eager round at other places: the mode is part of the numerics id
     "enforce_eager": ANY,
+    # which steps are captured as CUDA graphs
+    **dict.fromkeys(
+        "cudagraph_capture_sizes max_cudagraph_capture_size compilation_config.cudagraph_mode "
+        "compilation_config.cudagraph_capture_sizes compilation_config.max_cudagraph_capture_size".split(),
+        ANY,
+    ),
     # watching
     **dict.fromkeys(
         "disable_log_stats aggregate_engine_logging enable_log_requests show_hidden_metrics_for_version "
@@ -185,22 +192,25 @@ def refused_features() -> list[str]:
     return sorted({feature for option, feature in _KNOWN_FEATURES.items() if option not in ENGINE_OPTIONS})
 
 
-def _flag(option: str) -> str:
-    return "--" + option.strip("_").replace("_", "-")
+def flag(option: str) -> str:
+    """The option as it is written on the command line, where a dot leads inside of another option."""
+    name, dot, inside = option.strip("_").partition(".")
+    return "--" + name.replace("_", "-") + dot + inside
 
 
 def engine_refusals(stated: Mapping[str, Any]) -> list[Refusal]:
-    """Refusals of engine options. `stated` holds only the options whose value is not vLLM's default."""
+    """Refusals of engine options. `stated` holds only the options whose value is not vLLM's default; those inside of
+    --compilation-config under dotted names."""
     found = []
     for option, value in stated.items():
         if option not in ENGINE_OPTIONS:
-            what = _KNOWN_FEATURES.get(option, "this option")
-            found.append(Refusal(f"{_flag(option)} {value!r}", f"{what} is not proved deterministic", "Leave it out"))
+            what = _KNOWN_FEATURES.get(option.partition(".")[0], "this option")
+            found.append(Refusal(f"{flag(option)} {value!r}", f"{what} is not proved deterministic", "Leave it out"))
         elif (allowed := ENGINE_OPTIONS[option]) is not None and value not in allowed:
             names = ", ".join(str(name) for name in allowed if name is not None)
             what = _KNOWN_FEATURES.get(option, "this value")
             found.append(
-                Refusal(f"{_flag(option)} {value!r}", f"{what} is not proved deterministic", f"Proved: {names}")
+                Refusal(f"{flag(option)} {value!r}", f"{what} is not proved deterministic", f"Proved: {names}")
             )
     return found
 

@@ -98,6 +98,7 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({"runner": "pooling"}, {}, "--runner"),
     ({"dtype": "float16"}, {}, "float16"),
     ({"block_size": 64}, {}, "--block-size"),
+    ({"compilation_config": {"cudagraph_mode": "NONE", "mode": 0}}, {}, "--compilation-config.mode"),
     ({"hf_overrides": {"architectures": ["MixtralForCausalLM"]}}, {}, "--hf-overrides"),
     ({"model": "experts"}, {}, "a mixture-of-experts model"),
     ({"model": "quantised"}, {}, "quantization fp8"),
@@ -122,6 +123,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:  # type: 
     cases |= {
         f"{state} without {seam}": (given, {}, seam) for seam in SEAMS for state, given in (("on", ON), ("off", {}))
     }
+    cases["graphs"] = ({**ON, "compilation_config": {"cudagraph_mode": "NONE"}, "cudagraph_capture_sizes": [4]}, {}, "")
     cases["on"] = (ON, {}, "")
     return dict(zip(cases, configure(tmp_path_factory.getbasetemp(), "deterministic", [*cases.values()]), strict=True))
 
@@ -138,6 +140,10 @@ def test_with_the_flag_the_policy_is_applied(ours: dict, stock: dict) -> None:  
     assert ours["on"]["worker"].endswith("DeterministicCPUWorker")
     # The worker's own seams are replaced in its own process.
     assert {*REQUEST_SEAMS, "chat_template"} <= set(ours["on"]["replaced"])
+
+
+def test_which_steps_are_captured_is_free(ours: dict) -> None:  # type: ignore[type-arg]
+    assert "error" not in ours["graphs"]
 
 
 @pytest.mark.parametrize("named", [named for _, _, named in REFUSED])

@@ -24,6 +24,7 @@ SERVED = {
 def test_what_is_proved_is_served() -> None:
     assert policy.resolved_refusals(SERVED) == []
     assert policy.engine_refusals({"model": "m", "max_num_seqs": 8, "dtype": "float32", "block_size": 128}) == []
+    assert policy.engine_refusals({"compilation_config.cudagraph_mode": "NONE", "cudagraph_capture_sizes": [1]}) == []
     assert policy.environment_refusals("cpu", {"VLLM_BATCH_INVARIANT": "0", "PATH": "x"}) == []
 
 
@@ -45,7 +46,7 @@ def test_what_is_proved_is_served() -> None:
         ("block_size", 64, "128"),
         ("dtype", "float64", "bfloat16"),
         ("worker_cls", "my.Worker", "worker class"),
-        ("compilation_config", {"mode": 0}, "compilation configuration"),
+        ("compilation_config.pass_config", {"fuse_norm_quant": True}, "compilation configuration"),
         ("option_of_a_later_vllm", "on", "--option-of-a-later-vllm"),
     ],
 )

@@ -29,10 +29,18 @@ _OURS: dict[str, set[Any]] = {"worker_cls": set(WORKERS.values()), "attention_ba
 
 def stated_options(engine_args: Any) -> dict[str, Any]:
     """The engine options whose value is not vLLM's default, normalised as vLLM normalises them."""
-    default = type(engine_args)(model=engine_args.model)
+    stated = _stated(engine_args, type(engine_args)(model=engine_args.model))
+    compilation = stated.pop("compilation_config", None)
+    if compilation is not None:
+        inside = _stated(compilation, type(compilation)())
+        stated |= {f"compilation_config.{name}": value for name, value in inside.items()}
+    return stated
+
+
+def _stated(options: Any, default: Any) -> dict[str, Any]:
     stated = {}
-    for field in dataclasses.fields(engine_args):
-        value = getattr(engine_args, field.name)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
         if value in _OURS.get(field.name, ()):
             continue  # from an earlier pass over the same arguments
         # The command line hands over None where nothing was said, whatever the field's own default is.
