@@ -1,27 +1,35 @@
 """One engine against itself: the same requests alone, in company, cached, cut and scored must give the same bits.
 
-Run by test_engine.py, which also runs the vLLM without the flag as a control. Prints one line of JSON: per axis how
-many tokens were compared with what each request gave alone in a cold cache, and how many requests differed.
+Run by test_engine.py, which also runs the vLLM without the flag as a control. Prints a line of JSON after every axis,
+the last one complete: per axis how many tokens were compared with what each request gave alone in a cold cache, and
+how many answers differed.
 
-usage: engine_proof.py MODEL_FOLDER SIDE(ours|default|planted) [bulk=N] [key=value of LLM() as JSON ...]
+usage: engine_proof.py MODEL_FOLDER SIDE [bulk=N] [only=AXIS,...] [inductor=SETTINGS] [key=value of LLM() as JSON ...]
+
+SIDE: ours, default or planted. SETTINGS: of torch._inductor.config, as JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import made_up
 import torch
-from vllm import LLM, SamplingParams
+from torch._inductor import config as inductor
+from vllm import LLM
 
-# Around every edge of pages, tiles and splits of attention.
+from vllm_deterministic.verify.offline import Arrivals, Engine
+from vllm_deterministic.verify.probes import Answer, Probe, compare, digest
+
+# Around every edge of pages, tiles and splits of attention, and of the query tokens that count as few.
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513, 1023, 1025, 1041, 3000)
 # One of each kind of sampling; noise, truncation, penalties and masks are row by row.
 KINDS: tuple[dict[str, Any], ...] = (
@@ -30,13 +38,18 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.3, "top_k": 50},
     {"temperature": 1.0, "top_p": 0.95, "top_k": 200, "min_p": 0.02},
     {"temperature": 0.7, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    {"temperature": 1.0, "logit_bias": {"500": 3.0, "777": -100.0}},
-)
-TOKENS = 32
-
-Request = tuple[list[int], SamplingParams]
-# token ids, and per position the (token id, logprob) pairs that were asked for
-Answer = tuple[tuple[int, ...], tuple[tuple[tuple[int, float], ...], ...]]
+    {"temperature": 1.3, "min_p": 0.05},
+    {"temperature": 1.0, "logit_bias": {500: 3.0, 777: -100.0}},
+    {"temperature": 0.7, "allowed_token_ids": list(range(400, 1400))},
+    {"temperature": 0.0, "structured_outputs": {"regex": "[a-m]{400}"}},
+    {"temperature": 1.3, "structured_outputs": {"regex": "([n-z][n-z]|[a-z]{3}){200}"}},
+    {"temperature": 1.3, "bad_words": ["a", "e", "ab", "qz"], "top_k": 400},
+)  # fmt: skip
+TOKENS = 64
+# Numbers of tokens in a step at which vLLM or we take another way: captured graphs (the largest holds 512), rows of
+# the schedules' tables, the largest product, the largest step. All smaller numbers are met one by one.
+EDGES = (512, 1024, 2048, 4096, 8192, 16384)
+BATCHES = (2, 9, 33, 65, 129, 256, 512)
 
 
 @dataclass
@@ -50,134 +63,212 @@ class Axis:
 class Proof:
     """Probes of one engine. Everything is drawn from one seed, so two engines are asked the same."""
 
-    def __init__(self, llm: LLM, bulk: int, longest: int) -> None:
-        self.llm, self.bulk, self.longest = llm, bulk, longest
+    def __init__(self, engine: Engine, bulk: int, only: Sequence[str] = ()) -> None:
+        self.engine, self.only = engine, only
+        config = engine.engine.vllm_config
+        self.vocabulary = config.model_config.get_vocab_size()
+        self.longest = config.model_config.max_model_len - 2 * TOKENS
+        self.most = config.scheduler_config.max_num_batched_tokens
         self.rng = random.Random(5)
-        self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
-        lengths = [n for n in LENGTHS if n <= longest]
-        self.probes = [self._request(n, i) for i, n in enumerate([*lengths, *lengths])]
+        lengths = [n for n in LENGTHS if n <= self.longest]
+        self.probes = [self.probe(n, i) for i, n in enumerate(lengths * 3)]
+        self.bulk = [self.probe(self.rng.randrange(1, 200), i, (1, 1, 1, 20)) for i in range(bulk)]
+        self.alone: list[list[Answer]] = []
         self.axes: dict[str, Axis] = {}
-        self.hits = 0
+        self.answered: list[list[Answer]] = []
+        self.began = time.perf_counter()
 
     def ids(self, count: int) -> list[int]:
         return [self.rng.randrange(100, self.vocabulary - 1000) for _ in range(count)]
 
-    def _request(self, length: int, i: int) -> Request:
+    def probe(self, length: int, i: int, scores: Sequence[int] = (1, 5, 20)) -> Probe:
         kind = dict(KINDS[i % len(KINDS)])
-        if kind["temperature"]:
-            kind["seed"] = 1000 + i
-        if "logit_bias" in kind:
-            kind["logit_bias"] = {int(token): bias for token, bias in kind["logit_bias"].items()}
-        scores = (1, 5, 20)[i % 3]
-        return self.ids(length), SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=scores, **kind)
+        told = {name: kind.pop(name) for name in ("temperature", "top_p") if name in kind}
+        seed = 1000 + i if told["temperature"] else None
+        many = scores[i % len(scores)]
+        return Probe(str(i), self.ids(length), max_tokens=TOKENS, seed=seed, logprobs=many, extra_body=kind, **told)
 
-    def filler(self, most: int = 300) -> Request:
-        few = SamplingParams(max_tokens=self.rng.randrange(4, 2 * TOKENS), temperature=0, ignore_eos=True)
-        return self.ids(self.rng.randrange(1, most)), few
+    def other(self, most: int = 300, **changes: Any) -> Probe:
+        """A neighbour: its length, its answer's and what it wants to know vary."""
+        few, scores = self.rng.randrange(4, 2 * TOKENS), self.rng.choice((None, None, 0, 5, 20))
+        ids = self.ids(self.rng.randrange(1, most))
+        return dataclasses.replace(Probe("other", ids, max_tokens=few, logprobs=scores), **changes)
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
-        outputs = self.llm.generate(prompts, [params for _, params in requests], use_tqdm=False)
-        self.hits += sum((output.num_cached_tokens or 0) > 0 for output in outputs)
-        return [answer(output.outputs[0]) for output in outputs]
-
-    def cold(self) -> None:
-        self.llm.reset_prefix_cache()
-
-    def compare(self, axis: str, got: Iterable[Answer], want: Iterable[Answer]) -> None:
+    def compare(self, axis: str, got: Sequence[Sequence[Answer]], want: Sequence[Sequence[Answer]]) -> None:
         tally = self.axes.setdefault(axis, Axis())
         for mine, reference in zip(got, want, strict=True):
-            tally.requests += 1
-            tally.tokens += len(reference[0])
-            if mine != reference:
-                tally.differing += 1
-                tally.first = tally.first or difference(mine, reference)
+            for one, other in zip(mine, reference, strict=True):
+                tally.requests += 1
+                tally.tokens += len(other.token_ids)
+                if one != other and not (found := compare([other, one])).identical:
+                    tally.differing += 1
+                    at, scored = found.first_text_divergence, found.first_logprob_divergence
+                    tally.first = tally.first or (
+                        f"first other token at {at}, first other logprob at {scored} of {len(other.token_ids)}"
+                    )
 
-    def company(self, requests: Sequence[Request], size: int, most: int = 300) -> list[Answer]:
-        """The requests in batches of `size`, the rest of each batch neighbours of other lengths, in random order."""
-        answers: list[Answer] = []
-        mine = min(len(requests), max(1, size // 2))
-        for first in range(0, len(requests), mine):
-            part = list(requests[first : first + mine])
-            batch = part + [self.filler(most) for _ in range(size - len(part))]
-            order = self.rng.sample(range(len(batch)), len(batch))
-            found = dict(zip(order, self.ask([batch[i] for i in order]), strict=True))
-            answers += [found[i] for i in range(len(part))]
-        return answers
+    # --- axes: each compares with what the probes gave alone ---
+    def prefix_cached(self) -> None:
+        for _ in range(2):
+            self.compare("whole prefix cached", self.engine.ask(self.probes), self.alone)
 
-    def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        probes = self.probes
-        self.cold()
-        alone = []
-        for probe in probes:
-            alone += self.ask([probe])
-        assert self.hits == 0
-        self.compare("again, whole prefix cached", self.ask(probes), alone)
-        assert self.hits > 0
-        for size in (2, 9, 33, 65, 129, 256):
-            self.cold()
-            few = max(size, 8)
-            self.compare(f"in a batch of {size}", self.company(probes[:few], size), alone[:few])
-        self.cold()
-        # Prompts of which the cache holds a part: their own first two thirds were asked before.
-        self.ask([(ids[: len(ids) * 2 // 3 + 1], SamplingParams(max_tokens=1)) for ids, _ in probes])
-        self.compare("prefix partly cached", self.ask(probes), alone)
-        self.cold()
-        # More prompt tokens than one step takes: prefills are cut wherever the budget ends.
-        crowd = [self.filler(self.longest) for _ in range(40)]
-        self.compare("prefill cut into chunks", self.ask([*crowd, *probes])[len(crowd) :], alone)
-        self.scored(probes, alone)
-        self.many()
-        axes = {name: vars(axis) for name, axis in self.axes.items()}
-        return {
-            "axes": axes,
-            "tokens": sum(axis.tokens for axis in self.axes.values()),
-            "differing": sum(axis.differing for axis in self.axes.values()),
-            "prefix_hits": self.hits,
-            "preemptions": self.preemptions(),
-            # Engines of one fingerprint give the same answers.
-            "answers": hashlib.sha256(repr(alone).encode()).hexdigest(),
-            "distinct_tokens": len({token for tokens, _ in alone for token in tokens}),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
+    def prefix_partly_cached(self) -> None:
+        for part in (2 / 3, 1 / 3):
+            self.engine.cold()
+            # Prompts of which the cache holds a part: their own beginning was asked before.
+            beginnings = [list(probe.prompt or ())[: int(len(probe.prompt or ()) * part) + 1] for probe in self.probes]
+            self.engine.ask([Probe("part", ids, max_tokens=1, logprobs=None) for ids in beginnings])
+            self.compare("prefix partly cached", self.engine.ask(self.probes), self.alone)
 
-    def preemptions(self) -> int:
-        return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+    def batches(self) -> None:
+        """Batches of so many, half of each (or all there are) probes, the rest neighbours of other lengths."""
+        for size in BATCHES:
+            self.engine.cold()
+            probes = self.probes[: max(size, 8)]
+            mine = min(len(probes), max(1, size // 2))
+            for first in range(0, len(probes), mine):
+                part = probes[first : first + mine]
+                others = [self.other(max_tokens=TOKENS * 2) for _ in range(size - len(part))]
+                self.compare(f"in a batch of {size}", self.engine.ask(part, others), self.alone[first:][: len(part)])
 
-    def scored(self, probes: Sequence[Request], alone: Sequence[Answer]) -> None:
+    def played(self, axis: str, others: Callable[[int], Sequence[Probe]], every: int, **how: Any) -> None:
+        """A probe arrives every so many steps, and before each step `others` of its number."""
+        self.engine.cold()
+
+        def script() -> Iterator[Arrivals]:
+            for step in range(every * len(self.probes)):
+                mine = [(step // every, self.probes[step // every])] if step % every == 0 else []
+                yield [*mine, *((None, other) for other in others(step))]
+
+        found = self.engine.play(script(), **how)
+        self.compare(axis, [found[key] for key in range(len(self.probes))], self.alone)
+
+    def growing(self) -> None:
+        """One neighbour more in each step, up to batches over 512; then each step's prompt is a token longer."""
+        axis = "neighbours that grow a token at a time"
+        self.played(axis, lambda step: [self.other(2, max_tokens=640)], every=9)
+        self.played(axis, lambda step: [Probe("read", self.ids(step + 1), max_tokens=1, logprobs=None)], every=15)
+
+    def edges(self) -> None:
+        """Prompts that fill a step up to one token less, as many, and one more than each edge, and to whatever number
+        below has not been met yet."""
+        around = [m for edge in (*EDGES, self.most) for m in (edge - 1, edge, edge + 1)]
+        wanted = [m for m in (*around, *range(1, EDGES[0])) if m <= self.most]
+
+        def fill(step: int) -> list[Probe]:
+            if step % 5 == 0:  # a probe arrives
+                return []
+            left = [m for m in wanted if not self.engine.steps[m]] or wanted
+            room = left[step % len(left)] - self.engine.next_tokens
+            lengths = [min(self.longest, room - at) for at in range(0, room, self.longest)]
+            return [Probe("read", self.ids(length), max_tokens=1, logprobs=None) for length in lengths]
+
+        for _ in range(2):
+            self.played("steps of as many tokens as an edge, and one less or more", fill, every=5)
+
+    def chunks(self) -> None:
+        """More prompt tokens than one step takes: prefills are cut wherever the budget ends."""
+        for _ in range(2):
+            self.engine.cold()
+            crowd = [self.other(self.longest) for _ in range(40)]
+            self.compare("prefill cut into chunks", self.engine.ask(self.probes, crowd), self.alone)
+
+    def aborts(self) -> None:
+        for every in (1, 3):
+            axis = "beside neighbours that are aborted"
+            self.played(axis, lambda step: [self.other(max_tokens=500)], every=every, leave=0.1)
+
+    def scored(self) -> None:
         """What was generated, scored as a prompt: raw logprobs of decoding and of prefill are the same bits."""
-        self.cold()
-        wholes = [[*ids, *tokens] for (ids, _), (tokens, _) in zip(probes, alone, strict=True)]
-        score = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in wholes], score, use_tqdm=False)
-        got, want = [], []
-        for (ids, _), (tokens, scores), output in zip(probes, alone, outputs, strict=True):
-            rows = output.prompt_logprobs[len(ids) :]
-            got.append((tokens, tuple(((t, row[t].logprob),) for t, row in zip(tokens, rows, strict=True))))
-            want.append((tokens, tuple(((t, dict(row)[t]),) for t, row in zip(tokens, scores, strict=True))))
-        self.compare("generated, then scored as a prompt", got, want)
+        wholes = [[*(p.prompt or ()), *a[0].token_ids] for p, a in zip(self.probes, self.alone, strict=True)]
+        ask = [Probe("read", ids, max_tokens=1, logprobs=None, extra_body={"prompt_logprobs": 0}) for ids in wholes]
+        for _ in range(2):
+            self.engine.cold()
+            got, want = [], []
+            for (_, read), (answer, *_) in zip(self.engine.ask(ask), self.alone, strict=True):
+                last = len(answer.token_ids)
+                plain = {"top_logprobs": (), "finish_reason": None, "index": 0}
+                got.append([Answer("", read.token_ids[-last:], logprobs=read.logprobs[-last:])])
+                want.append([dataclasses.replace(answer, **plain)])
+            self.compare("generated, then scored as a prompt", got, want)
+
+    def prompt_scores(self) -> None:
+        """The 20 best of every position of the prompts."""
+        body = {"prompt_logprobs": 20}
+        ask = [Probe("read", p.prompt, max_tokens=1, extra_body=body) for p in self.probes[: len(self.probes) // 3]]
+        alone = [self.engine.ask([probe])[0] for probe in ask]
+        self.engine.cold()
+        crowd = [self.other(extra_body={"prompt_logprobs": self.rng.choice((0, 5))}) for _ in range(24)]
+        self.compare("prompt logprobs, top 20, in company", self.engine.ask(ask, crowd), alone)
+
+    def choices(self) -> None:
+        ask = [dataclasses.replace(p, n=3) for p in self.probes[: 2 * len(KINDS)] if p.temperature]
+        alone = [self.engine.ask([probe])[0] for probe in ask]
+        for size in (20, 60):
+            self.engine.cold()
+            others = [self.other(n=self.rng.randrange(1, 4), temperature=1.0, seed=at) for at in range(size)]
+            self.compare("n = 3, each choice", self.engine.ask(ask, others), alone)
 
     def many(self) -> None:
-        """Many requests at once, twice, in two orders: who is beside whom is another each time."""
-        requests = [self._request(self.rng.randrange(1, 200), i) for i in range(self.bulk)]
-        self.cold()
-        first = self.ask(requests)
-        order = self.rng.sample(range(len(requests)), len(requests))
-        self.cold()
-        second = dict(zip(order, self.ask([requests[i] for i in order]), strict=True))
-        self.compare("many at once, in another order", [second[i] for i in range(len(requests))], first)
+        """Many requests with logprobs at once, twice, in two orders: who is beside whom is another each time."""
+        self.engine.cold()
+        first = self.engine.ask(self.bulk)
+        self.answered += first
+        self.engine.cold()
+        self.compare("many with logprobs at once, in another order", self.engine.ask(self.bulk), first)
 
+    def poisoned(self) -> None:
+        """Neighbours whose prompts hold a token that is embedded as NaN, infinity or the largest number."""
+        values = (float("nan"), float("inf"), -float("inf"), 3e38)
 
-def answer(output: Any) -> Answer:
-    scores = tuple(tuple((token, score.logprob) for token, score in step.items()) for step in output.logprobs or ())
-    return tuple(output.token_ids), scores
+        def poison(model: torch.nn.Module) -> None:
+            for token, value in enumerate(values):
+                model.model.embed_tokens.weight.data[token].fill_(value)
 
+        self.engine.engine.apply_model(poison)
+        for _ in range(3):
+            self.engine.cold()
+            others = []
+            for at in range(120):
+                one = self.other(max_tokens=TOKENS, temperature=float(at % 2), seed=at)
+                ids = list(one.prompt or ())
+                ids[self.rng.randrange(len(ids))] = at % len(values)
+                others.append(dataclasses.replace(one, prompt=ids))
+            self.compare("beside NaN and infinities", self.engine.ask(self.probes, others), self.alone)
 
-def difference(got: Answer, want: Answer) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(got[0], want[0], strict=False)) if a != b), None)
-    scored = next((i for i, (a, b) in enumerate(zip(got[1], want[1], strict=False)) if a != b), None)
-    return f"first other token at {at}, first other logprob at {scored} of {len(want[0])}"
+    AXES = (
+        "prefix_cached", "batches", "growing", "edges", "prefix_partly_cached", "chunks", "aborts", "scored",
+        "prompt_scores", "choices", "many", "poisoned",
+    )  # fmt: skip
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        self.engine.cold()
+        # Alone: nobody else is served, and nothing is cached.
+        self.alone = [self.engine.ask([probe])[0] for probe in self.probes]
+        assert self.engine.cached == 0
+        self.answered += self.alone
+        for axis in self.only or self.AXES:
+            getattr(self, axis)()
+            yield self.report()
+
+    def report(self) -> dict[str, Any]:
+        answers = [answer for choices in self.answered for answer in choices]
+        return {
+            "axes": {name: vars(axis) for name, axis in self.axes.items()},
+            "tokens": sum(axis.tokens for axis in self.axes.values()),
+            "differing": sum(axis.differing for axis in self.axes.values()),
+            "prefix_hits": self.engine.cached,
+            "preemptions": self.engine.preemptions(),
+            "aborted": self.engine.aborted,
+            "steps": sum(self.engine.steps.values()),
+            "rows": self.engine.most_rows,
+            "step_tokens": sorted(self.engine.steps),
+            # Engines of one fingerprint give the same answers.
+            "answers": hashlib.sha256("".join(map(digest, answers)).encode()).hexdigest(),
+            "answered_tokens": sum(len(answer.token_ids) for answer in answers),
+            "distinct_tokens": len({token for answer in answers for token in answer.token_ids}),
+            "seconds": round(time.perf_counter() - self.began, 1),
+        }
 
 
 def plant() -> None:
@@ -194,19 +285,27 @@ def plant() -> None:
 def main() -> None:
     folder, side, *rest = sys.argv[1:]
     given = dict(item.split("=", 1) for item in rest)
-    bulk = int(given.pop("bulk", "256"))
-    options = {name: json.loads(value) for name, value in given.items()}
+    bulk, only = int(given.pop("bulk", "256")), given.pop("only", "")
+    for name, value in json.loads(given.pop("inductor", "{}")).items():
+        setattr(inductor, name, value)
+    options = {"load_format": "dummy", **{name: json.loads(value) for name, value in given.items()}}
     if side == "planted":
         plant()
     if side != "default":
         options["additional_config"] = {"vllm_deterministic": {}}
     made_up.use()
-    llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, seed=0, disable_log_stats=False, **options)
-    longest = llm.llm_engine.model_config.max_model_len - 2 * TOKENS
-    report = Proof(llm, bulk, longest).run()
-    if side == "ours":
-        report["certified"] = llm.collective_rpc("deterministic_report")[0]["certified"]
-    print("REPORT " + json.dumps(report), flush=True)
+    began = time.perf_counter()
+    llm = LLM(folder, seed=0, disable_log_stats=False, **options)
+    start = round(time.perf_counter() - began, 1)
+    axes = [axis for axis in only.split(",") if axis] or list(Proof.AXES)
+    # A head that is tied to the embedding would give every row a poisoned logit.
+    if llm.llm_engine.model_config.hf_config.tie_word_embeddings or side == "default":
+        axes = [axis for axis in axes if axis != "poisoned"]
+    for report in Proof(Engine(llm.llm_engine), bulk, axes).run():
+        report["start_seconds"] = start
+        if side == "ours":
+            report["certified"] = llm.collective_rpc("deterministic_report")[0]["certified"]
+        print("REPORT " + json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

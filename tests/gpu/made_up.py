@@ -1,11 +1,13 @@
-"""Models without a checkpoint: configurations, and weights with which the text varies.
+"""Models without a checkpoint: configurations, a tokenizer, and weights with which the text varies.
 
 usage: made_up.py FOLDER      writes a folder per model
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import string
 import sys
 import zlib
 from pathlib import Path
@@ -34,6 +36,7 @@ MODELS = {
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
     },
 }  # fmt: skip
+SPECIAL = ("<|endoftext|>", "<s>", "</s>")  # the first is one that Qwen2's tokenizer would add otherwise
 
 
 def write(folder: Path) -> None:
@@ -41,6 +44,24 @@ def write(folder: Path) -> None:
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({**_COMMON, **config}))
+        write_tokenizer(folder / name, int(str(config["vocab_size"])))
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A byte a token where text is read; tokens that are generated may also be words of 2 to 4 small letters."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    words = ("".join(word) for length in (2, 3, 4) for word in itertools.product(string.ascii_lowercase, repeat=length))
+    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += itertools.islice(words, size - len(names))
+    tokenizer = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": template}))
 
 
 def use() -> None:
@@ -50,11 +71,12 @@ def use() -> None:
 
     def fill(self: object, model: torch.nn.Module, model_config: object) -> None:
         for name, parameter in sorted(model.named_parameters()):
-            generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
+            device = parameter.device
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
             if parameter.dim() == 1 and "norm" in name:
                 parameter.data.fill_(1.0)
             else:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cuda").mul_(0.03))
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device).mul_(0.03))
 
     dummy_loader.DummyModelLoader.load_weights = fill
 
