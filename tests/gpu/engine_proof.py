@@ -17,6 +17,7 @@ import json
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ class Proof:
         self.bulk = [self.probe(self.rng.randrange(1, 200), i, (1, 1, 1, 20)) for i in range(bulk)]
         self.alone: list[list[Answer]] = []
         self.axes: dict[str, Axis] = {}
+        self.errors: dict[str, str] = {}
         self.answered: list[list[Answer]] = []
         self.began = time.perf_counter()
 
@@ -248,7 +250,10 @@ class Proof:
         assert self.engine.cached == 0
         self.answered += self.alone
         for axis in self.only or self.AXES:
-            getattr(self, axis)()
+            try:
+                getattr(self, axis)()
+            except Exception:  # the other axes are worth the card's time
+                self.errors[axis] = traceback.format_exc()[-2000:]
             yield self.report()
 
     def report(self) -> dict[str, Any]:
@@ -257,6 +262,7 @@ class Proof:
             "axes": {name: vars(axis) for name, axis in self.axes.items()},
             "tokens": sum(axis.tokens for axis in self.axes.values()),
             "differing": sum(axis.differing for axis in self.axes.values()),
+            "errors": self.errors,
             "prefix_hits": self.engine.cached,
             "preemptions": self.engine.preemptions(),
             "aborted": self.engine.aborted,

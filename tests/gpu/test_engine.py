@@ -112,6 +112,7 @@ def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     print(json.dumps(found)[:3000])
     assert done.returncode == 0, done.stderr[-3000:]
     assert found is not None
+    assert not found["errors"], "\n".join(found["errors"].values())
     return found
 
 

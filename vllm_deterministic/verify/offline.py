@@ -60,33 +60,29 @@ class Engine:
         leave: the share of the others that are aborted in a step. Those that are left at the end are aborted too.
         """
         asked: dict[str, tuple[int | None, Probe]] = {}
-        others: list[str] = []
-        wanted = 0
         found: dict[int, list[Answer]] = {}
+        wanted = 0
         arrivals = iter(script)
         more = True
-        while more or len(found) < wanted:
-            now = next(arrivals, None)
-            more = now is not None
-            for key, probe in now or ():
-                name = self._add(probe)
-                asked[name] = (key, probe)
-                wanted += key is not None
-                if key is None:
-                    others.append(name)
-            gone = [name for name in others if leave and self._random.random() < leave]
-            others = self._abort(gone, others)
-            for output in self.engine.step():
-                if output.finished:
-                    key, probe = asked[output.request_id]
-                    if key is None:
-                        others = [name for name in others if name != output.request_id]
-                    else:
-                        self.cached += (output.num_cached_tokens or 0) > 0
-                        found[key] = answers(output, probe)
-        self._abort(others, others)
-        while self.engine.has_unfinished_requests() or self.scheduler.has_requests():
-            self.engine.step()
+        try:
+            while more or len(found) < wanted:
+                now = next(arrivals, None)
+                more = now is not None
+                for key, probe in now or ():
+                    asked[self._add(probe)] = key, probe
+                    wanted += key is not None
+                others = [name for name, (key, _) in asked.items() if key is None] if leave else []
+                self._abort([name for name in others if self._random.random() < leave], asked)
+                for output in self.engine.step():
+                    if output.finished and output.request_id in asked:
+                        key, probe = asked.pop(output.request_id)
+                        if key is not None:
+                            self.cached += (output.num_cached_tokens or 0) > 0
+                            found[key] = answers(output, probe)
+        finally:
+            self._abort([*asked], asked)
+            while self.engine.has_unfinished_requests() or self.scheduler.has_requests():
+                self.engine.step()
         return found
 
     def cold(self) -> None:
@@ -106,12 +102,12 @@ class Engine:
         here = [*self.scheduler.running, *self.scheduler.waiting]
         return sum(r.num_tokens_with_spec + r.num_output_placeholders - r.num_computed_tokens for r in here)
 
-    def _abort(self, names: Sequence[str], among: Sequence[str]) -> list[str]:
-        gone = set(names)
-        self.aborted += len(gone)
-        if gone:
-            self.engine.abort_request(sorted(gone))
-        return [name for name in among if name not in gone]
+    def _abort(self, names: Sequence[str], asked: dict[str, tuple[int | None, Probe]]) -> None:
+        if names:
+            self.engine.abort_request([*names])
+            self.aborted += len(names)
+        for name in names:
+            del asked[name]
 
     def _add(self, probe: Probe) -> str:
         self._asked += 1
