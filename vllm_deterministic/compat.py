@@ -253,6 +253,10 @@ REQUEST_SEAMS = {
         "beam search is proved",
     ),
 }
+_RANDOM_ID = (
+    "the id of a tool call is random, and the client puts it into the next turn's prompt",
+    "vLLM derives ids of tool calls from the request",
+)
 WIRE_SEAMS = {
     "init_app_state": Seam(
         "vllm.entrypoints.launchers.api_server.entry",
@@ -281,6 +285,24 @@ WIRE_SEAMS = {
         ("self", "weight_version"),
         "the fingerprint names the weights, and cached prefixes were computed with the old ones",
         "vLLM resets the prefix cache and names its weights",
+    ),
+    "parser": Seam(
+        "vllm.parser.parser_manager",
+        "ParserManager.get_parser",
+        ("tool_parser_name", "reasoning_parser_name", "enable_auto_tools"),
+        *_RANDOM_ID,
+    ),
+    "parse": Seam(
+        "vllm.parser.abstract_parser", "DelegatingParser.parse", ("self", "model_output", "request"), *_RANDOM_ID
+    ),
+    "parse_delta": Seam(
+        "vllm.parser.abstract_parser",
+        "DelegatingParser.parse_delta",
+        ("self", "delta_text", "delta_token_ids", "request", "prompt_token_ids"),
+        *_RANDOM_ID,
+    ),
+    "parser_prompt": Seam(
+        "vllm.parser.abstract_parser", "Parser.set_prompt_token_ids", ("self", "prompt_token_ids"), *_RANDOM_ID
     ),
     "chat_template": Seam(
         "transformers.utils.chat_template_utils",

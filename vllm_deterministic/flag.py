@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+from vllm_deterministic import policy
 from vllm_deterministic.contract import NUMERICS_VERSIONS, UNSEEDED_MODES, Settings
 from vllm_deterministic.errors import ConfigurationError
 from vllm_deterministic.serving.signing import load_signer
@@ -120,6 +121,7 @@ def _fold(namespace: argparse.Namespace) -> None:
         return
     if getattr(namespace, "grpc", False):
         raise ConfigurationError("--deterministic does not cover the gRPC server yet: serve without --grpc")
+    policy.refuse(policy.front_end_refusals(vars(namespace)))
     if (key := given.pop("signing_key", None)) is not None:
         load_signer(key)  # a mistake is told before the model is loaded
     _check_self_check(given.pop("self_check", None), bool(given.pop("self_check_stop", None)), namespace)

@@ -19,15 +19,18 @@ __all__ = [
     "ENVIRONMENT",
     "PREVIEWS",
     "REQUEST_FIELDS",
+    "TOOL_CALL_PARSERS",
     "WEIGHT_TRANSFER",
     "Refusal",
     "engine_refusals",
     "environment_refusals",
     "flag",
+    "front_end_refusals",
     "refuse",
     "refused_features",
     "request_refusal",
     "resolved_refusals",
+    "tools_refusal",
 ]
 
 
@@ -115,6 +118,9 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
 # The backend of vLLM's weight-update API that is proved: --weight-transfer-config '{"backend": "safetensors"}'.
 WEIGHT_TRANSFER = "safetensors"
 
+# How a tool call is found in an answer's text (--tool-call-parser).
+TOOL_CALL_PARSERS = ("hermes", "llama3_json")
+
 _OFF = frozenset({"", "0"})
 _ON = frozenset({"", "1"})
 _EVERYWHERE = {
@@ -170,8 +176,8 @@ REQUEST_FIELDS = frozenset(
     # sampling, row by row
     "temperature top_p top_k min_p seed repetition_penalty presence_penalty frequency_penalty logit_bias bad_words "
     "allowed_token_ids response_format structured_outputs "
-    # says nothing without tools, which are not on the list; the Responses API sets it itself
-    "tool_choice "
+    # see tools_refusal
+    "tools tool_choice parallel_tool_calls "
     # scores
     "logprobs top_logprobs prompt_logprobs logprob_token_ids "
     # bookkeeping
@@ -212,6 +218,17 @@ def engine_refusals(stated: Mapping[str, Any]) -> list[Refusal]:
             found.append(
                 Refusal(f"{flag(option)} {value!r}", f"{what} is not proved deterministic", f"Proved: {names}")
             )
+    return found
+
+
+def front_end_refusals(stated: Mapping[str, Any]) -> list[Refusal]:
+    """Refusals of options of the HTTP server. `stated`: option -> value, None where it is not given."""
+    found = []
+    if (parser := stated.get("tool_call_parser")) and parser not in TOOL_CALL_PARSERS:
+        proved = f"Proved: {', '.join(TOOL_CALL_PARSERS)}"
+        found.append(Refusal(f"--tool-call-parser {parser}", "this parser is not proved", proved))
+    if plugin := stated.get("tool_parser_plugin"):
+        found.append(Refusal(f"--tool-parser-plugin {plugin}", "nobody has proved it", "Leave it out"))
     return found
 
 
@@ -296,3 +313,12 @@ def _card_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
 def request_refusal(fields: Iterable[str]) -> str | None:
     """The first request field that is not promised; None where all are. `fields`: those not left at their default."""
     return next((field for field in sorted(fields) if field not in REQUEST_FIELDS), None)
+
+
+def tools_refusal(kinds: Collection[str], choices: int) -> tuple[str, str] | None:
+    """The field that is at fault and why, where a request's tools are not promised. `kinds`: the type of each tool."""
+    if others := sorted({*kinds} - {"function"}):
+        return "tools", f"tools of the type {others[0]!r} are not proved deterministic: ask with functions only"
+    if kinds and choices > 1:
+        return "n", "the choices' tool calls would share their ids: ask for each choice on its own, with its own seed"
+    return None

@@ -113,5 +113,5 @@ def test_weight_updates(facts: dict[str, object], named: str) -> None:
 def test_request_fields() -> None:
     assert policy.request_refusal(["temperature", "seed", "messages"]) is None
     assert policy.request_refusal(["temperature", "use_beam_search"]) == "use_beam_search"
-    assert policy.request_refusal(["messages", "tools"]) == "tools"
+    assert policy.request_refusal(["messages", "use_beam_search"]) == "use_beam_search"
     assert policy.request_refusal(["field_of_a_later_vllm"]) == "field_of_a_later_vllm"

@@ -106,9 +106,10 @@ def _card_facts(config: Any) -> dict[str, Any]:
 
 def arm_front_end(config: Any, settings: Settings) -> None:
     """Arms the checks, seeds and receipts of requests in this process. Idempotent."""
-    from vllm_deterministic.integration import hidden_inputs, requests, weight_update, wire
+    from vllm_deterministic.integration import hidden_inputs, requests, tool_calls, weight_update, wire
 
     wire.arm()
     weight_update.arm()
     hidden_inputs.arm(settings.date)
+    tool_calls.arm()
     requests.arm(settings, server_seed=config.model_config.seed or 0)

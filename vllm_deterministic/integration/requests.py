@@ -60,7 +60,7 @@ def arm(settings: Settings, server_seed: int) -> None:
 
 
 def _refuse(request: Any) -> None:
-    """Raises VLLMValidationError, which becomes HTTP 400 with `param`, for the first field that is not promised."""
+    """Raises VLLMValidationError, which becomes HTTP 400 with `param`, for the first thing that is not promised."""
     fields = type(request).model_fields
     stated = [
         name
@@ -74,6 +74,9 @@ def _refuse(request: Any) -> None:
             reason="not_proved",
             value=getattr(request, field),
         )
+    kinds = [tool.type for tool in getattr(request, "tools", None) or ()]
+    if (unproved := policy.tools_refusal(kinds, getattr(request, "n", None) or 1)) is not None:
+        raise refusal(unproved[1], parameter=unproved[0], reason="not_proved")
 
 
 def _checked(to_sampling_params: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
