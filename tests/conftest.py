@@ -1,8 +1,10 @@
-"""Shared by every test: fixed seeds, nothing else."""
+"""Shared by every test: fixed seeds, and what the fuzz sends."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,3 +12,28 @@ import pytest
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def demands() -> Any:
+    """Strategy of values for the request field `deterministic`, few of which mean anything."""
+    from hypothesis import strategies as st
+
+    named = st.sampled_from(["require", "receipt", "vd1-" + "0" * 32])
+    return st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text() | named,
+        lambda part: st.lists(part, max_size=3) | st.dictionaries(named | st.text(), part, max_size=3),
+        max_leaves=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def is_allowed() -> Callable[[Any], bool]:
+    """Whether a server with the flag answers a request that demands this."""
+
+    def allowed(value: Any) -> bool:
+        if isinstance(value, dict):
+            return set(value) <= {"require", "receipt"} and all(isinstance(part, bool) for part in value.values())
+        return value in ("require", None) or isinstance(value, bool)
+
+    return allowed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +187,44 @@ def test_half_an_update_is_no_update(server, model, tmp_path):
         with pytest.raises(DeterministicError):
             live._ask("POST", "/update_weights", {"update_info": {"path": str(tmp_path / "part.safetensors")}})
         assert live.send_weights(model) == old
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+@torch.no_grad()
+def test_an_update_of_a_paused_server(server, model, mode):
+    """What vLLM froze is answered by the old weights, all of it; the server stays paused until it is resumed."""
+    live = LiveServer(server.url, timeout=120)
+    probe = Probe("frozen", PROMPTS[0], None, 600, 1.0, 3, logprobs=0, extra_body={"ignore_eos": True})
+    with concurrent.futures.ThreadPoolExecutor() as pool, deterministic_forward(model):
+
+        def asked() -> concurrent.futures.Future[list[Answer]]:
+            return pool.submit(lambda: asyncio.run(ask(server.endpoint, probe)))
+
+        old = live.check(model)
+        alone = asked().result()
+        kept = [parameter.clone() for parameter in model.parameters()]
+        frozen = [asked()] if mode == "keep" else []
+        while frozen and server.metric("vllm:num_requests_running") == 0:
+            pass
+        live._ask("POST", f"/pause?mode={mode}")
+        frozen.append(asked())
+        concurrent.futures.wait(frozen, timeout=1)
+        assert not any(answer.done() for answer in frozen)
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+        assert live.send_weights(model) != old
+        assert all(answer.result(60) == alone for answer in frozen)
+
+        late = asked()
+        concurrent.futures.wait([late], timeout=1)
+        assert not late.done()
+        live._ask("POST", "/resume")
+        answers = late.result(60)
+        assert unequal(answers, logprobs(model, *whole(answers))) == 0
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+        assert live.send_weights(model) == old
+        assert asked().result() == alone
 
 
 @pytest.mark.slow

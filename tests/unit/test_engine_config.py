@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_deterministic.compat import CPU_SEAMS, REQUEST_SEAMS
+from vllm_deterministic.compat import CPU_SEAMS, REQUEST_SEAMS, WIRE_SEAMS
 
 pytest.importorskip("vllm", reason="configures a real vLLM")
 
@@ -40,7 +40,7 @@ OTHER_MODELS = {
 
 # Runs the configuration step for each case, and says what came of it and which operator or request seams are replaced.
 PROGRAM = """
-import json, os, sys
+import inspect, json, os, sys
 from vllm.engine.arg_utils import EngineArgs
 from vllm_deterministic import compat
 SEAMS = {**compat.CPU_SEAMS, **compat.REQUEST_SEAMS, **compat.WIRE_SEAMS}
@@ -48,8 +48,8 @@ def run(options, env, sabotage):
     folder = os.path.join(sys.argv[1], options.pop("model", ""))
     args = EngineArgs(model=folder, skip_tokenizer_init=True, **options)
     os.environ.update(env)
-    owner, last = compat.CPU_SEAMS[sabotage].holder() if sabotage else (None, None)
-    whole = owner and getattr(owner, last)
+    owner, last = SEAMS[sabotage].holder() if sabotage else (None, None)
+    whole = owner and inspect.getattr_static(owner, last)
     if owner:
         delattr(owner, last)
     try:
@@ -106,7 +106,7 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({}, {"VLLM_CPU_ATTN_SPLIT_KV": "1"}, "Unset VLLM_CPU_ATTN_SPLIT_KV"),
     ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, "Unset VLLM_USE_RUST_FRONTEND"),
 ]
-SEAMS = tuple(CPU_SEAMS)
+SEAMS = {**CPU_SEAMS, **{name: WIRE_SEAMS[name] for name in ("parser", "parse", "parse_delta", "parser_prompt")}}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_with_the_flag_the_policy_is_applied(ours: dict, stock: dict) -> None:  
     assert ours["on"]["hash"] != stock["hash"]
     assert ours["on"]["worker"].endswith("DeterministicCPUWorker")
     # The worker's own seams are replaced in its own process.
-    assert {*REQUEST_SEAMS, "chat_template"} <= set(ours["on"]["replaced"])
+    assert {*REQUEST_SEAMS, "chat_template", "parser"} <= set(ours["on"]["replaced"])
 
 
 def test_which_steps_are_captured_is_free(ours: dict) -> None:  # type: ignore[type-arg]
@@ -155,6 +155,6 @@ def test_refusals_name_the_option(ours: dict, named: str) -> None:  # type: igno
 def test_a_missing_seam_is_named(ours: dict, seam: str) -> None:  # type: ignore[type-arg]
     error = ours[f"on without {seam}"].get("error", "started")
     assert error.startswith("SeamError")
-    assert CPU_SEAMS[seam].attribute in error
+    assert SEAMS[seam].attribute in error
     # The control: without the flag the same vLLM starts.
     assert "error" not in ours[f"off without {seam}"]

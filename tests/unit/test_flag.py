@@ -78,6 +78,8 @@ def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-
         (["--deterministic", "--deterministic-signing-key", "no.pem"], "--deterministic-signing-key no.pem"),
         (["--deterministic", "--deterministic-date", "today"], "YYYY-MM-DD"),
         (["--deterministic", "--grpc"], "gRPC"),
+        (["--deterministic", "--tool-call-parser", "xlam"], "xlam: this parser is not proved. Proved: hermes"),
+        (["--deterministic", "--tool-parser-plugin", "mine.py"], "--tool-parser-plugin mine.py"),
         (["--deterministic-self-check", "5"], "--deterministic-self-check needs --deterministic"),
         (["--deterministic", "--deterministic-self-check", "0"], "minutes above 0"),
         (["--deterministic", "--deterministic-self-check", "nan"], "minutes above 0"),

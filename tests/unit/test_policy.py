@@ -115,3 +115,12 @@ def test_request_fields() -> None:
     assert policy.request_refusal(["temperature", "use_beam_search"]) == "use_beam_search"
     assert policy.request_refusal(["messages", "use_beam_search"]) == "use_beam_search"
     assert policy.request_refusal(["field_of_a_later_vllm"]) == "field_of_a_later_vllm"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "choices", "field"),
+    [([], 4, None), (["function", "function"], 1, None), (["function"], 2, "n"), (["function", "mcp"], 1, "tools")],
+)
+def test_tools(kinds: list[str], choices: int, field: str | None) -> None:
+    refused = policy.tools_refusal(kinds, choices)
+    assert (refused and refused[0]) == field

@@ -22,7 +22,12 @@ def arm() -> None:
 def _draining(start: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(start)
     async def wrapped(self: Any) -> None:
+        # A paused engine answers nobody: those it has frozen would never leave the gate.
+        if paused := await self.is_paused():
+            await self.resume_generation()
         await gate.close()  # new requests wait, running ones end
+        if paused:
+            await self.pause_generation(mode="wait")
         await start(self)
 
     return wrapped
