@@ -272,6 +272,13 @@ WIRE_SEAMS = {
         "a receipt is made of every token and logprob as the engine gives it",
         "vLLM offers to watch a request's outputs",
     ),
+    "logprobs": Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor.from_new_request",
+        ("tokenizer", "request"),
+        "it writes out the text of every token whose logprob a receipt takes, which nobody reads",
+        "vLLM writes it where it is asked for",
+    ),
     "start_weight_update": Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.start_weight_update",

@@ -64,6 +64,8 @@ def _ties_by_token_id(gather_logprobs: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(gather_logprobs)
     def wrapped(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
         chosen = gather_logprobs(logprobs, 0, token_ids)  # the token's own logprob and rank: vLLM's
+        if not num_logprobs:
+            return chosen
         values, indices = top_logprobs(logprobs, num_logprobs)
         return chosen._replace(
             logprob_token_ids=torch.cat((chosen.logprob_token_ids, indices.to(torch.int32)), dim=1),

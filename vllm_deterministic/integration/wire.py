@@ -34,6 +34,7 @@ def arm() -> None:
     """Installs the seams of the HTTP server in this process. Idempotent. Raises SeamError."""
     compat.install(compat.WIRE_SEAMS["init_app_state"], _promising)
     compat.install(compat.WIRE_SEAMS["generate"], _recording)
+    compat.install(compat.WIRE_SEAMS["logprobs"], _unread)
 
 
 def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +119,19 @@ def _recording(generate: Callable[..., Any]) -> Callable[..., Any]:
         recorder.begin(sampling_params.n)
         if sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # those of the chosen tokens; vLLM shows them to nobody who did not ask
+            recorder.alone = sampling_params.prompt_logprobs is None
         return _watched(recorder, generate(self, prompt, sampling_params, *args, **kwargs), sampling_params)
+
+    return wrapped
+
+
+def _unread(from_new_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Logprobs that the recorder alone reads are kept without the text of their tokens."""
+
+    @functools.wraps(from_new_request)
+    def wrapped(tokenizer: Any, request: Any) -> Any:
+        recorder = promise.recording.get()
+        return from_new_request(tokenizer if recorder is None or not recorder.alone else None, request)
 
     return wrapped
 

@@ -60,7 +60,9 @@ def kept() -> Promise | None:
 
 
 class Recorder:
-    """Takes down one request's answer as the engine gives it."""
+    """Takes down one request's answer as the engine gives it. alone: nobody else has asked for its logprobs."""
+
+    alone = False
 
     def __init__(self, promise: Promise, path: str, body: Mapping[str, Any]) -> None:
         self._promise, self._path, self._body = promise, path, body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,12 @@ def stamped(message: bytes, fingerprint: str) -> bytes:
     """One event of a stream, with the fingerprint where it is a chunk that does not say it."""
     if not message.startswith(_CHUNK) or _FINGERPRINT in message:
         return message
-    return b"data: {" + _members({"system_fingerprint": fingerprint}) + b"," + message[len(b"data: {") :]
+    return _stamp(fingerprint) + message[len(b"data: {") :]
+
+
+@functools.lru_cache(maxsize=8)
+def _stamp(fingerprint: str) -> bytes:
+    return b"data: {" + _members({"system_fingerprint": fingerprint}) + b","
 
 
 def as_chunk(first: bytes, members: Mapping[str, Any]) -> bytes:
