@@ -1,8 +1,9 @@
 """Price of the fingerprint and of receipts on CPU: tokens per second with and without them, side by side.
 
 Two deterministic servers on the same cores, the one that waits stopped (SIGSTOP): one as it is, one whose middleware
-hands every request through, so that nothing is stamped or recorded. Three ways to ask take turns in each round, with
-new prompts of one length: the bare server, ours without receipts, ours with a receipt for each answer.
+hands every request through, so that nothing is stamped or recorded. Four ways to ask take turns in each round, with
+new prompts of one length: the bare server, ours without receipts, ours with a receipt for each answer, and ours with
+the logprobs of the answer's tokens, which a receipt is made of.
 
 usage: benchmarks/wire.py MODEL [--rounds 25]
 """
@@ -38,6 +39,13 @@ from vllm_deterministic.verify.server import Server, serve
 CONCURRENT = 16
 TOKENS = 32
 OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "32", "--deterministic")
+WANTED: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "receipt": {"deterministic": {"receipt": True}},
+    "logprobs": {"logprobs": 0},
+}
+# Server, and what is asked for.
+WAYS = [("bare", "nothing"), ("ours", "nothing"), ("ours", "receipt"), ("ours", "logprobs")]
 # A plugin of vLLM that exists on the bare server's PYTHONPATH only.
 BARE = """
 def plant():
@@ -58,12 +66,13 @@ def bare_path(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
-async def generate(server: Server, rng: random.Random, stream: bool, receipt: bool) -> float:
-    """Generated tokens per second of equal requests sent together, streamed or whole, with or without receipts."""
+async def generate(server: Server, rng: random.Random, stream: bool, wanted: str) -> float:
+    """Generated tokens per second of equal requests sent together, streamed or whole.
+
+    wanted: "nothing", "receipt" or "logprobs" besides the answer's text.
+    """
     endpoint = server.endpoint
-    extra: dict[str, Any] = {"ignore_eos": True}
-    if receipt:
-        extra["deterministic"] = {"receipt": True}
+    extra: dict[str, Any] = {"ignore_eos": True, **WANTED[wanted]}
     prompts = [prompt(rng, 32) for _ in range(CONCURRENT)]
     async with endpoint.client() as client:
 
@@ -76,15 +85,15 @@ async def generate(server: Server, rng: random.Random, stream: bool, receipt: bo
         start = time.perf_counter()
         given = await asyncio.gather(*(one(ids) for ids in prompts))
         seconds = time.perf_counter() - start
-    if set(given) != {receipt}:
-        raise RuntimeError(f"receipts: asked {receipt}, given {set(given)}")
+    if set(given) != {wanted == "receipt"}:
+        raise RuntimeError(f"receipts: asked for {wanted}, given {set(given)}")
     return CONCURRENT * TOKENS / seconds
 
 
-def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[tuple[float, float, float]]]:
-    """For whole and for streamed answers, the rates of each round: bare server, ours, ours with receipts."""
+def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[list[float]]]:
+    """For whole and for streamed answers, the rates of each round, in the order of WAYS."""
     logs.mkdir(parents=True, exist_ok=True)
-    rates: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    rates: dict[bool, list[list[float]]] = {False: [], True: []}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
@@ -94,22 +103,21 @@ def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[tuple[float,
             stack.callback(os.killpg, server.pid, signal.SIGCONT)  # a stopped process cannot end politely
             os.killpg(server.pid, signal.SIGSTOP)
             sides[name] = server
-        ways = [("bare", False), ("ours", False), ("ours", True)]
         for turn in track(range(-1, rounds), description="wire"):
             for stream, found in rates.items():
                 rate = {}
-                for step in range(3):
-                    name, receipt = way = ways[(step + turn) % 3]
+                for step in range(len(WAYS)):
+                    name, wanted = way = WAYS[(step + turn) % len(WAYS)]
                     with awake(sides[name]):
                         rng = random.Random(f"{stream}{turn}{way}")
-                        rate[way] = asyncio.run(generate(sides[name], rng, stream, receipt))
+                        rate[way] = asyncio.run(generate(sides[name], rng, stream, wanted))
                 if turn >= 0:  # the first round warms up
-                    found.append((rate[ways[0]], rate[ways[1]], rate[ways[2]]))
+                    found.append([rate[way] for way in WAYS])
     return rates
 
 
-def points_of(rates: dict[bool, list[tuple[float, float, float]]]) -> list[dict[str, Any]]:
-    """Each of the three comparisons, for whole and for streamed answers."""
+def points_of(rates: dict[bool, list[list[float]]]) -> list[dict[str, Any]]:
+    """Each of the comparisons, for whole and for streamed answers."""
     points = []
     for stream, found in rates.items():
         delivery = "streamed" if stream else "whole"
@@ -117,6 +125,7 @@ def points_of(rates: dict[bool, list[tuple[float, float, float]]]) -> list[dict[
             ("fingerprint against none", 0, 1),
             ("receipts against none, one server", 1, 2),
             ("fingerprint and receipts against neither", 0, 2),
+            ("receipts against the same tokens' logprobs", 3, 2),
         ):
             ratios = [rate[ours] / rate[peer] for rate in found]
             low, high = interval(ratios, 10_000)

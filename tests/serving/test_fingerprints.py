@@ -69,8 +69,10 @@ SAME = {
 OTHER = {
     "dtype": case("--dtype", "float32", parts="numerics_id numerics.dtype", moves=EVERY),
     "instructions": case(parts="numerics_id numerics.architecture", may=EVERY, ATEN_CPU_CAPABILITY="avx2"),
+    # transformers gives another family another tokenizer, whatever the folder says
     "model code": case(
-        model="family", parts="numerics_id numerics.model_code weights settings.model_config", moves=EVERY
+        "--tokenizer", "@base", model="family", moves=EVERY,
+        parts="numerics_id numerics.model_code weights settings.model_config",
     ),
     "weights": case(model="weights", parts="weights", moves=EVERY),
     "rope scaling": case(model="rope", parts="settings.rope settings.model_config", moves=EVERY),
