@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="its parsers")
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.parser.parser_manager import ParserManager
 
-from vllm_deterministic.errors import SeamError
 from vllm_deterministic.integration.tool_calls import _naming, tool_call_id
 
 PROMPT = [3, 1, 4]
@@ -68,5 +68,5 @@ def test_ids_are_of_the_request() -> None:
 def test_no_parser_stays_none_and_no_prompt_is_no_id() -> None:
     assert _naming(ParserManager.get_parser)(None, None) is None
     asked = request()
-    with pytest.raises(SeamError, match="prompt"):
+    with pytest.raises(VLLMValidationError, match="prompt_token_ids"):
         parser(_naming(ParserManager.get_parser), asked).parse(TEXT, asked, enable_auto_tools=True)

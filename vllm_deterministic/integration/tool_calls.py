@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_deterministic import compat
-from vllm_deterministic.errors import SeamError
+from vllm_deterministic.integration.refusals import refusal
 from vllm_deterministic.serving.fingerprint import digest_of
 from vllm_deterministic.serving.receipts import prompt_digest
 
@@ -61,6 +61,7 @@ class _Naming:
         return delta
 
     def _name(self, request: Any, position: int) -> str:
-        if self._prompt is None:
-            raise SeamError(f"vLLM {compat.vllm_version()} parses a tool call without saying for which prompt")
+        if self._prompt is None:  # chat and Responses always say it; a request to parse a finished answer may not
+            message = "the id of a tool call derives from its prompt: send prompt_token_ids"
+            raise refusal(message, parameter="prompt_token_ids", reason="not_proved")
         return tool_call_id(self._prompt, getattr(request, "seed", None), position)
