@@ -133,10 +133,9 @@ def combine(
     Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences, query tokens, heads; a thread per element. The first slot holds a merge already; splits
-    ascending after it."""
+    """Grid: sequences, programs that share a sequence's rows (query token, head); a thread per element. The first slot
+    holds a merge already; splits ascending after it."""
     sequence = tl.program_id(0)
-    t = tl.program_id(1)
     slot = tl.load(SEQUENCES + sequence * 8)
     merged = tl.load(SEQUENCES + sequence * 8 + 1)
     splits = tl.load(SEQUENCES + sequence * 8 + 2)
@@ -144,11 +143,11 @@ def combine(
     queries = tl.load(SEQUENCES + sequence * 8 + 4)
     if PDL:
         gdc_wait()  # in every program: what follows combine must not begin before decode has ended
-    if slot >= 0 and t < queries:
-        head = tl.program_id(2)
-        d = tl.arange(0, D)
-        row = (slot * FEW + t).to(tl.int64) * Q_HEADS + head
-        zero = tl.zeros((D,), tl.float32)
+    rows = tl.where(slot >= 0, queries * Q_HEADS, 0)
+    d = tl.arange(0, D)
+    zero = tl.zeros((D,), tl.float32)
+    for place in range(tl.program_id(1), rows, tl.num_programs(1)):
+        row = slot.to(tl.int64) * (FEW * Q_HEADS) + place
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
@@ -164,10 +163,12 @@ def combine(
                 M, a, b = merge_scales(M, m)
                 L = tl.fma(L, a, l * b)
                 A = tl.fma(A, zero + a, acc * b)
+        head = place % Q_HEADS
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
             L = tl.fma(L, a, b)
             A = tl.fma(A, zero + a, zero * b)
         inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(1.0, L))
         o = tl.fma(A, zero + inverse, zero)
-        tl.store(O + (start + t).to(tl.int64) * o_token + head * D + d, o.to(O.dtype.element_ty))
+        at = (start + place // Q_HEADS).to(tl.int64)
+        tl.store(O + at * o_token + head * D + d, o.to(O.dtype.element_ty))

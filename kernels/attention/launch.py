@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+from vllm_deterministic.kernels.compiled import Compiled, aligned
 
 from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 
@@ -97,7 +98,7 @@ class Attention:
     device: torch.device | str
     scratch: Scratch
     allowed: Collection[str] | None = None
-    _descriptors: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _descriptors: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def hopper(self) -> bool:
@@ -150,6 +151,25 @@ class Attention:
         if prefill is not None:
             self._prefill(batch, cache, prefill)
 
+    @cached_property
+    def _decode_kernel(self) -> Compiled:
+        return Compiled(decode_kernels.decode)
+
+    @cached_property
+    def _combine_kernel(self) -> Compiled:
+        return Compiled(decode_kernels.combine)
+
+    @cached_property
+    def _prefill_kernel(self) -> Compiled:
+        return Compiled(prefill_kernels.prefill)
+
+    @cached_property
+    def _prefill_ws_kernel(self) -> Compiled:
+        from .prefill_ws import prefill_ws  # Gluon: not in Triton's interpreter
+
+        return Compiled(prefill_ws)
+
+    @cached_property
     def _constants(self) -> dict[str, Any]:
         tree, heads = self.tree, self.heads
         return {
@@ -159,44 +179,64 @@ class Attention:
 
     def _lengths(self, batch: Batch) -> tuple[Any, ...]:
         tree, table = self.tree, batch.page_table
-        numbers = (tree.log2_scale, tree.tanh_scale, LOG2E, table.stride(0))
-        return table, *numbers
+        return table, tree.log2_scale, tree.tanh_scale, LOG2E, table.stride(0)
+
+    def _key(self, batch: Batch, cache: Cache, schedule: Decode | Prefill) -> tuple[Any, ...] | None:
+        """What this layer's kernels are compiled for; None where a pointer is not aligned."""
+        plan, q, out, sinks = batch.plan, batch.q, batch.out, batch.sinks
+        pointers = (q, out, cache.k, cache.v, batch.page_table, sinks, plan.pieces, plan.blocks, plan.sequences)
+        if not aligned(*pointers, plan.counts):
+            return None
+        strides = (q.stride(0), out.stride(0), cache.k.stride(), cache.rows[2:])
+        return schedule.name, plan.few, q.dtype, out.dtype, sinks is None, *strides
 
     def _decode(self, batch: Batch, cache: Cache, decode: Decode) -> None:
-        tree, heads, plan, rows = self.tree, self.heads, batch.plan, cache.rows
+        tree, heads, plan, rows, out = self.tree, self.heads, batch.plan, cache.rows, batch.out
         tiles = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
-        partial = (batch.out, batch.sinks, self.scratch.state, self.scratch.acc)
+        partial = (out, batch.sinks, self.scratch.state, self.scratch.acc)
+        key = self._key(batch, cache, decode)
         few = {"Q_HEADS": heads.query, "FEW": plan.few, "PDL": self.hopper}
-        grid = (heads.kv, plan.pieces.shape[0], triton.cdiv(plan.few * heads.group, decode.rows))
-        decode_kernels.decode[grid](
+        self._decode_kernel.launch(
+            key, (heads.kv, plan.pieces.shape[0], -(-plan.few * heads.group // decode.rows)),
             batch.q, cache.k, cache.v, *tiles, *partial, plan.pieces, plan.counts, *self._lengths(batch),
-            batch.q.stride(0), batch.out.stride(0), *cache.k.stride()[:3], *rows[2:], **self._constants(), **few,
-            ROWS=decode.rows, TMA=decode.tma, STAGES=decode.stages, num_warps=decode.warps,
+            batch.q.stride(0), out.stride(0), *cache.k.stride()[:3], *rows[2:],
+            constants=lambda: {
+                **self._constants, **few, "ROWS": decode.rows, "TMA": decode.tma, "STAGES": decode.stages,
+                "num_warps": decode.warps,
+            },
         )  # fmt: skip
         if batch.page_table.shape[1] * heads.page > tree.split:
-            decode_kernels.combine[(plan.batch, plan.few, heads.query)](
-                *partial, plan.sequences, LOG2E, batch.out.stride(0), D=tree.head_size, SINK=tree.sink, **few, BATCH=16,
-                num_warps=tree.head_size // 32, enable_fp_fusion=False, launch_pdl=self.hopper,
+            # Programs enough to fill the card: where most sequences have nothing to combine, starting more costs time.
+            share = min(plan.few * heads.query, -(-8 * self.multiprocessors // plan.batch))
+            self._combine_kernel.launch(
+                key, (plan.batch, share, 1), *partial, plan.sequences, LOG2E, out.stride(0),
+                constants=lambda: {
+                    **few, "D": tree.head_size, "SINK": tree.sink, "BATCH": 16, "num_warps": tree.head_size // 32,
+                    "enable_fp_fusion": False, "launch_pdl": self.hopper,
+                },
             )  # fmt: skip
 
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
         tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
         work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
-        grid = (plan.blocks.shape[0], heads.query)
+        blocks, key = plan.blocks.shape[0], self._key(batch, cache, prefill)
         if prefill.warp_specialised:
-            from .prefill_ws import prefill_ws
-
             tokens = q.as_strided((q.shape[0], heads.query * tree.head_size), (q.stride(0), 1))
-            programs = min(self.multiprocessors, grid[0] * grid[1])
-            prefill_ws[(programs,)](
-                self._descriptor(tokens, 64, gluon=True), *self._tiles(cache, rows, gluon=True), *work,
-                batch.out.stride(0), *rows[2:], **self._constants(), HEADS=heads.query,
-                STAGES=prefill.stages, num_warps=4, maxnreg=168,
+            self._prefill_ws_kernel.launch(
+                key, (min(self.multiprocessors, blocks * heads.query), 1, 1),
+                self._descriptor(tokens, 64, gluon=True), *self._tiles(cache, rows, gluon=True),
+                *work, batch.out.stride(0), *rows[2:],
+                constants=lambda: {
+                    **self._constants, "HEADS": heads.query, "STAGES": prefill.stages, "num_warps": 4, "maxnreg": 168,
+                },
             )  # fmt: skip
         else:
-            prefill_kernels.prefill[grid](
-                q, cache.k, cache.v, *work, q.stride(0), batch.out.stride(0), *cache.k.stride()[:3],
-                **self._constants(), ROWS=prefill.rows, STAGES=prefill.stages, num_warps=prefill.warps,
+            self._prefill_kernel.launch(
+                key, (blocks, heads.query, 1), q, cache.k, cache.v, *work, q.stride(0), batch.out.stride(0),
+                *cache.k.stride()[:3],
+                constants=lambda: {
+                    **self._constants, "ROWS": prefill.rows, "STAGES": prefill.stages, "num_warps": prefill.warps,
+                },
             )  # fmt: skip
 
     def _check(self, batch: Batch, cache: Cache) -> None:
@@ -218,14 +258,11 @@ class Attention:
 
     def _tiles(self, cache: Cache, rows: tuple[int, ...], gluon: bool) -> tuple[Any, Any]:
         """TMA descriptors of the cache's K and V, in tiles."""
-        found = []
-        for x in (cache.k, cache.v):
-            key = (x.data_ptr(), rows, x.stride(1), gluon)
-            if key not in self._descriptors:
-                view = x.as_strided(rows[:2], (x.stride(1), 1))
-                self._descriptors[key] = self._descriptor(view, self.tree.tile, gluon)
-            found.append(self._descriptors[key])
-        return found[0], found[1]
+        key = (cache.k.data_ptr(), cache.v.data_ptr(), rows, cache.k.stride(1), gluon)
+        if key not in self._descriptors:
+            views = (x.as_strided(rows[:2], (x.stride(1), 1)) for x in (cache.k, cache.v))
+            self._descriptors[key] = tuple(self._descriptor(view, self.tree.tile, gluon) for view in views)
+        return self._descriptors[key]
 
     def _descriptor(self, rows: torch.Tensor, height: int, gluon: bool) -> Any:
         block = [height, self.tree.head_size]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_deterministic.kernels.compiled import Compiled, aligned
 
 from .launch import Cache
 
@@ -19,7 +20,7 @@ __all__ = ["store"]
 _PARTS = 8  # programs that share a page's clearing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _store(
     K, V, K_PAGES, V_PAGES, SLOTS, tokens, k_token, v_token, page_stride, slot_stride, head_stride,
     PAGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
@@ -46,13 +47,23 @@ def _store(
                 tl.store(V_PAGES + where + free * slot_stride, zero, mask=mine)
 
 
+_compiled = Compiled(_store)
+
+
 def store(key: torch.Tensor, value: torch.Tensor, cache: Cache, slots: torch.Tensor) -> None:
     """key, value: [tokens, kv heads, head size], heads adjacent. slots: [tokens], page * slots per page + slot;
     negative for padding. The tokens of a sequence are neighbours, in order."""
     tokens, heads, size = key.shape
     if tokens == 0:
         return
-    _store[(tokens, _PARTS)](
-        key, value, cache.k, cache.v, slots, tokens, key.stride(0), value.stride(0), *cache.k.stride()[:3],
-        PAGE=cache.k.shape[1], HEADS=heads, D=size, WIDTH=triton.next_power_of_2(heads * size), PARTS=_PARTS,
+    strides = (key.stride(0), value.stride(0))
+    pointers = (key, value, cache.k, cache.v, slots)
+    pages = cache.k.stride()
+    known = (key.get_device(), key.dtype, slots.dtype, strides, pages, cache.k.shape[1:])
+    _compiled.launch(
+        known if aligned(*pointers) else None, (tokens, _PARTS, 1), *pointers, tokens, *strides, *pages[:3],
+        constants=lambda: {
+            "PAGE": cache.k.shape[1], "HEADS": heads, "D": size, "WIDTH": triton.next_power_of_2(heads * size),
+            "PARTS": _PARTS,
+        },
     )  # fmt: skip

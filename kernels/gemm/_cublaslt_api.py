@@ -53,6 +53,7 @@ def library() -> Any:
     except OSError as missing:
         raise SeamError(f"{name} of this PyTorch cannot be loaded: {missing}") from missing
     lib.cublasLtGetVersion.restype = c_size_t
+    lib.cublasLtMatmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]  # plain numbers are converted fastest
     return lib
 
 

@@ -7,9 +7,9 @@ could depend on. Row-major y = x @ W.T is column-major y' = W' x with W' transpo
 from __future__ import annotations
 
 import threading
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import addressof, byref, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vllm_deterministic.kernels.gemm.tree import Problem
 __all__ = ["CublasLt", "candidates", "version"]
 
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
+_ONE_AT, _ZERO_AT = addressof(_ONE), addressof(_ZERO)
 # The bias's address is an attribute of a descriptor that all layers of a shape share.
 _bias_lock = threading.Lock()
 
@@ -109,37 +110,55 @@ class CublasLt:
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Writes the product into y, as `Pointer.run`. Raises RuntimeError for a row count the algorithm cannot do."""
-        problem = Problem(weight.shape[0], weight.shape[1], weight.dtype, bias is not None)
-        device = x.device.index
-        (desc, w_layout, x_layout, y_layout, _), algorithm = _prepared(
-            self, problem, y.dtype, x.shape[0], x.stride(0), device
-        )
-        stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        out = c_void_p(y.data_ptr())
-        arguments = (
-            _handle(device), desc, byref(_ONE), c_void_p(weight.data_ptr()), w_layout, c_void_p(x.data_ptr()), x_layout,
-            byref(_ZERO), out, y_layout, out, y_layout, byref(algorithm), None, c_size_t(0), stream,
-        )  # fmt: skip
+        n, k = weight.shape
+        m, stride, device = x.shape[0], x.stride(0), x.device.index
+        # Outside of CUDA graphs every layer of every step comes here: plain numbers are looked up fastest.
+        key = (m, n, k, stride, x.dtype, y.dtype, bias is None, device)
+        ready = self._ready.get(key)
+        if ready is None:
+            problem = Problem(n, k, x.dtype, bias is not None)
+            ready = self._ready[key] = _prepared(self, problem, y.dtype, m, stride, device)
         if bias is None:
-            api.call("cublasLtMatmul", *arguments)
+            ready(weight, x, y)
             return
         with _bias_lock:
-            api.set_attribute("MatmulDesc", desc, api.DESC_BIAS_POINTER, c_uint64(bias.data_ptr()))
-            api.call("cublasLtMatmul", *arguments)
+            api.set_attribute("MatmulDesc", ready.descriptor, api.DESC_BIAS_POINTER, c_uint64(bias.data_ptr()))
+            ready(weight, x, y)
+
+    @cached_property
+    def _ready(self) -> dict[tuple[Any, ...], _Call]:
+        return {}
 
 
-@cache
-def _prepared(
-    schedule: CublasLt, problem: Problem, out_dtype: torch.dtype, m: int, stride: int, device: int
-) -> tuple[tuple[Any, ...], api.Algorithm]:
-    """Operands and algorithm of one call. Raises RuntimeError where the algorithm cannot do it without workspace."""
+class _Call:
+    """A product whose descriptors, layouts and algorithm are made: what is left are three addresses."""
+
+    def __init__(self, operands: tuple[Any, ...], algorithm: api.Algorithm, device: int) -> None:
+        self.descriptor, w, x, y, _ = operands
+        self.algorithm = algorithm  # the call has its address only
+        self._device, self._matmul = device, api.library().cublasLtMatmul
+        self._handle, self._desc = _handle(device).value, self.descriptor.value
+        self._w, self._x, self._y, self._algorithm = w.value, x.value, y.value, addressof(algorithm)
+
+    def __call__(self, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        out = y.data_ptr()
+        status = self._matmul(
+            self._handle, self._desc, _ONE_AT, weight.data_ptr(), self._w, x.data_ptr(), self._x, _ZERO_AT,
+            out, self._y, out, self._y, self._algorithm, None, 0, torch._C._cuda_getCurrentRawStream(self._device),
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"cublasLtMatmul failed with status {status}")
+
+
+def _prepared(schedule: CublasLt, problem: Problem, out_dtype: torch.dtype, m: int, stride: int, device: int) -> _Call:
+    """Raises RuntimeError where the algorithm cannot do it without workspace."""
     operands = _operands(problem, out_dtype, m, stride)
     if schedule.algo < 0:
         found = _heuristics(device, _operands(problem, problem.dtype, m, stride), 1)
         if not found:
             raise RuntimeError(f"cuBLASLt has no algorithm without split-K for {problem}, M = {m}")
         if out_dtype == problem.dtype:
-            return operands, found[0]
+            return _Call(operands, found[0], device)
         schedule = _described(found[0])  # certification looks at the float32 sums of the algorithm that serves
     algorithm = api.Algorithm()
     operand, result_type = c_int(api.DATA_TYPE[problem.dtype]), c_int(api.DATA_TYPE[out_dtype])
@@ -153,7 +172,7 @@ def _prepared(
     api.call("cublasLtMatmulAlgoCheck", _handle(device), *operands, byref(algorithm), byref(result))
     if result.state or result.workspace:
         raise RuntimeError(f"{schedule} needs a workspace of {result.workspace} bytes for {problem}, M = {m}")
-    return operands, algorithm
+    return _Call(operands, algorithm, device)
 
 
 def _described(algorithm: api.Algorithm) -> CublasLt:

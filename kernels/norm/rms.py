@@ -12,9 +12,12 @@ normalised row is rounded to the weight's dtype, multiplied, and rounded to the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from vllm_deterministic.kernels.compiled import Compiled, aligned
 
 __all__ = ["LARGEST", "fused_add_rms_norm", "rms_norm"]
 
@@ -55,35 +58,61 @@ def _rms_norm(
     tl.store(OUT + here, x.to(OUT.dtype.element_ty), mask=mask)
 
 
-def _rows(x: torch.Tensor) -> tuple[int, int, int]:
-    """(inner, outer stride, inner stride) of x [..., size]: any view of up to three dimensions; more if contiguous."""
+_compiled = Compiled(_rms_norm)
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    """(outer, inner) of x [..., size]: any view of two or three dimensions; more if contiguous."""
     if x.dim() > 3 or x.dim() == 1:
         x = x.view(-1, x.shape[-1])
-    inner = x.shape[1] if x.dim() == 3 else 1
-    return inner, x.stride(0), x.stride(1) if x.dim() == 3 else 0
+    return x.stride(0), x.stride(1) if x.dim() == 3 else 0
+
+
+class _Layout:
+    """What a norm's launch needs to know of its operands besides the number of rows.
+
+    Raises ValueError for shapes and strides that are not covered.
+    """
+
+    def __init__(self, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+        self.size, unit = x.shape[-1], _ALIGNED // x.element_size()
+        inner = x.shape[1] if x.dim() == 3 else 1
+        strides = (*_strides(x), *((0, 0) if residual is None else _strides(residual)))
+        adjacent = all(t.stride(-1) == 1 for t in (x, residual) if t is not None)
+        if self.size > LARGEST or not adjacent or any(stride % unit for stride in (self.size, *strides)):
+            said = [(tuple(t.shape), t.stride()) for t in (x, residual) if t is not None]
+            raise ValueError(f"a norm of these shapes and strides is not covered: {said}")
+        self.tile = _tile(self.size)[0]
+        self.numbers = (inner, *strides)
+
+    def constants(self) -> dict[str, Any]:
+        tile, padded, warps = _tile(self.size)
+        return {"SIZE": self.size, "ROWS": tile, "PADDED": padded, "num_warps": warps, "enable_fp_fusion": False}
+
+
+# Outside of CUDA graphs each norm of each step comes here: what was covered once is looked up.
+_layouts: dict[tuple[Any, ...], _Layout] = {}
 
 
 def _launch(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    size = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
-    rows = x.numel() // size
-    if rows:
-        inner, x_outer, x_inner = _rows(x)
-        _, r_outer, r_inner = (inner, 0, 0) if residual is None else _rows(residual)
-        unit = _ALIGNED // x.element_size()
-        operands = [t for t in (x, residual, weight) if t is not None]
-        fits = size <= LARGEST and all(t.stride(-1) == 1 and t.data_ptr() % _ALIGNED == 0 for t in operands)
-        if not fits or any(stride % unit for stride in (size, x_outer, x_inner, r_outer, r_inner)):
-            said = [(tuple(t.shape), t.stride(), t.data_ptr() % _ALIGNED) for t in operands]
-            raise ValueError(f"a norm of these shapes, strides and alignments is not covered: {said}")
-        tile, padded, warps = _tile(size)
-        _rms_norm[(triton.cdiv(rows, tile),)](
-            x, residual, weight, out, total, rows, inner, x_outer, x_inner, r_outer, r_inner, epsilon, float(size),
-            SIZE=size, ROWS=tile, PADDED=padded, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    second = None if residual is None else (residual.dtype, residual.stride())
+    key = (x.get_device(), x.dtype, x.shape[1:], x.stride(), second, None if weight is None else weight.dtype)
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = _layouts[key] = _Layout(x, residual)
+    rows = x.numel() // layout.size
+    if not rows:
+        return out, total
+    if not aligned(x, residual, weight):
+        raise ValueError(f"a norm's operands must start at multiples of {_ALIGNED} bytes")
+    _compiled.launch(
+        layout, (-(-rows // layout.tile), 1, 1),
+        x, residual, weight, out, total, rows, *layout.numbers, epsilon, float(layout.size), constants=layout.constants,
+    )  # fmt: skip
     return out, total
 
 
