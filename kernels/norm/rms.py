@@ -108,7 +108,7 @@ def _launch(
     if not rows:
         return out, total
     if not aligned(x, residual, weight):
-        raise ValueError(f"a norm's operands must start at multiples of {_ALIGNED} bytes")
+        raise ValueError(f"a norm of operands that do not start at multiples of {_ALIGNED} bytes is not covered")
     _compiled.launch(
         layout, (-(-rows // layout.tile), 1, 1),
         x, residual, weight, out, total, rows, *layout.numbers, epsilon, float(layout.size), constants=layout.constants,

@@ -26,6 +26,10 @@ logger = logging.getLogger("vllm.deterministic")
 # Options that `prepare` sets.
 _OURS: dict[str, set[Any]] = {"worker_cls": set(WORKERS.values()), "attention_backend": {AttentionBackendEnum.CUSTOM}}
 
+# vLLM's own CUDA graphs end at 512 tokens. A step of more is launched kernel by kernel, and up to some 2000 tokens the
+# card waits for the host; our operators can be captured at any size.
+_GRAPH_TOKENS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(640, 2049, 128))
+
 
 def stated_options(engine_args: Any) -> dict[str, Any]:
     """The engine options whose value is not vLLM's default, normalised as vLLM normalises them."""
@@ -73,6 +77,18 @@ def prepare(engine_args: Any) -> None:
         attention.arm()
         engine_args.attention_backend = AttentionBackendEnum.CUSTOM
         engine_args.block_size = attention.PAGE
+        _capture_more(engine_args)
+
+
+def _capture_more(engine_args: Any) -> None:
+    """CUDA graphs of larger steps, where the user left the sizes to vLLM."""
+    inside = engine_args.compilation_config
+    asked = (
+        engine_args.enforce_eager, engine_args.cudagraph_capture_sizes, engine_args.max_cudagraph_capture_size,
+        inside.cudagraph_mode, inside.cudagraph_capture_sizes, inside.max_cudagraph_capture_size,
+    )  # fmt: skip
+    if not any(asked):
+        engine_args.cudagraph_capture_sizes = list(_GRAPH_TOKENS)
 
 
 def resolved_facts(config: Any) -> dict[str, Any]:
