@@ -55,7 +55,7 @@ OURS = [name for name, (_, side, *_) in ENGINES.items() if side == "ours"]
 PREEMPTED = [name for name in OURS if name.startswith("few pages")]
 # Of one fingerprint: one answer, whatever the settings.
 ALIKE = [name for name in OURS if ENGINES[name][0] == "qwen3" and name not in ("ours", "eager")]
-CROWDED = 512  # the largest captured graph; below, every number of tokens in a step is met
+CROWDED = 512  # the largest graph that vLLM captures itself; below, every number of tokens in a step is met
 EDGES = (512, 1024, 2048, 4096, 8192, 16384)
 
 Runs = Mapping[str, "subprocess.CompletedProcess[str]"]
