@@ -22,6 +22,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = ["TOKENS", "prefill_ws"]
 
 TOKENS = 128  # query tokens of one program: two warp groups of 64
+# Hardware barriers of free stages: K's from here on, then V's. Triton takes its own from 0 up.
+_FREE = gl.constexpr(10)
+
+
+@gluon.jit
+def _release(stage, kind: gl.constexpr, STAGES: gl.constexpr):
+    """A warp group is done with a stage of K (kind 0) or V (1). By a hardware barrier of both groups and the producer's
+    warp, on which nobody here waits: before an arrival at an mbarrier Triton would have the group wait for itself."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 288; mov.b32 $0, $1;", "=r,r", [_FREE + kind * STAGES + stage], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _acquire(i, kind: gl.constexpr, STAGES: gl.constexpr):
+    """Waits until both warp groups have released the stage of the producer's i-th tile."""
+    if i >= STAGES:  # it was free from the start
+        gl.inline_asm_elementwise(
+            "bar.sync $1, 288; mov.b32 $0, $1;", "=r,r", [_FREE + kind * STAGES + i % STAGES], gl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -88,7 +109,7 @@ def _step(
 
     SPLITS: 0 where tile j continues its split, 1 where it starts one, 2 where `starts` tells. first: whether the split
     before it is the block's first."""
-    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
+    k_tiles, v_tiles, k_full, v_full = ring
     stage = i % STAGES
     before = (i - 1) % STAGES
     mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
@@ -97,7 +118,7 @@ def _step(
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
     x = warpgroup_mma_wait(1, deps=[x])
-    mbarrier.arrive(k_free.index(stage), count=1)
+    _release(stage, 0, STAGES)
     fresh = gl.full_like(m, float("-inf"))
     if SPLITS == 1:
         old = fresh
@@ -106,11 +127,8 @@ def _step(
     else:
         old = m
     weights, alpha, r, top = _weigh(x, j, old, position, c, tanh_scale, MASK, WINDOW, SOFTCAP, T, SCORES)
-    # Passes at once. It keeps the weights beside P V: ptxas moves arithmetic behind a wait for products, but not
-    # behind a loop.
-    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(v_free.index(before), count=1)
+    _release(before, 1, STAGES)
     if SPLITS == 1:
         M, L = _keep(first, M, L, a_buffer, m, l, acc, D, OUT)
         l = r
@@ -174,7 +192,7 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     PER: gl.constexpr = S // T
-    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
+    k_tiles, v_tiles, k_full, v_full = ring
     a_buffer = a_tiles.index(half)
     o_buffer = a_buffer
     if O.dtype.element_ty.primitive_bitwidth == 16:
@@ -199,7 +217,7 @@ def _consume(
         k = k_tiles.index(carried % STAGES).permute((1, 0))
         x = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         x = warpgroup_mma_wait(0, deps=[x])
-        mbarrier.arrive(k_free.index(carried % STAGES), count=1)
+        _release(carried % STAGES, 0, STAGES)
         weights, _alpha, l, m = _weigh(x, begin, m, position, c, tanh_scale, True, WINDOW, SOFTCAP, T, SCORES)
         p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
         # Tiles that every row sees whole: to the end of the first split, then split by split.
@@ -229,7 +247,7 @@ def _consume(
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         acc = warpgroup_mma(p, v_tiles.index(last % STAGES), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-        mbarrier.arrive(v_free.index(last % STAGES), count=1)
+        _release(last % STAGES, 1, STAGES)
         carried += end - begin
         if (end - 1) // PER > split:
             m, l, acc = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
@@ -278,7 +296,7 @@ def _produce(
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, PAGE: gl.constexpr,
     WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    k_tiles, v_tiles, k_full, k_free, v_full, v_free = ring
+    k_tiles, v_tiles, k_full, v_full = ring
     i = 0
     for n in range(0, _rounds(blocks * HEADS)):
         entry, head = _item(n, BLOCKS, blocks)
@@ -289,10 +307,9 @@ def _produce(
         page = gl.load(pages + begin * T // PAGE)
         for j in range(begin, end):
             stage = i % STAGES
-            phase = ((i // STAGES) & 1) ^ 1
             row = page * row_page + kv * row_head + (j * T) % PAGE
             page = gl.load(pages + gl.minimum(j + 1, end - 1) * T // PAGE)
-            mbarrier.wait(k_free.index(stage), phase)
+            _acquire(i, 0, STAGES)
             mbarrier.expect(k_full.index(stage), T * D * 2)
             tma.async_copy_global_to_shared(K, [row, kv * column_head], k_full.index(stage), k_tiles.index(stage))
             if j == begin:
@@ -300,7 +317,7 @@ def _produce(
                 mbarrier.expect(q_full, 2 * 64 * D * 2)
                 tma.async_copy_global_to_shared(Q, [start, head * D], q_full, q_tiles.index(0))
                 tma.async_copy_global_to_shared(Q, [start + 64, head * D], q_full, q_tiles.index(1))
-            mbarrier.wait(v_free.index(stage), phase)
+            _acquire(i, 1, STAGES)
             mbarrier.expect(v_full.index(stage), T * D * 2)
             tma.async_copy_global_to_shared(V, [row, kv * column_head], v_full.index(stage), v_tiles.index(stage))
             i += 1
@@ -322,18 +339,14 @@ def prefill_ws(
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_free, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
-    ring = (k_tiles, v_tiles, k_full, k_free, v_full, v_free)
+    ring = (k_tiles, v_tiles, k_full, v_full)
     gl.warp_specialize(
         [
             (_consume_low, (q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e,
