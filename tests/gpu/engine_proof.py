@@ -47,8 +47,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.3, "bad_words": ["a", "e", "ab", "qz"], "top_k": 400},
 )  # fmt: skip
 TOKENS = 64
-# Numbers of tokens in a step at which vLLM or we take another way: captured graphs (vLLM's own end at 512, ours at
-# 2048), rows of the schedules' tables, the largest product, the largest step. All smaller numbers are met one by one.
+# Numbers of tokens in a step at which vLLM or we take another way: rows of the schedules' tables, the largest product,
+# the largest step; the engine adds the sizes of its graphs. All numbers up to the first are met one by one.
 EDGES = (512, 1024, 2048, 4096, 8192, 16384)
 BATCHES = (2, 9, 33, 65, 129, 256, 512)
 
@@ -70,6 +70,7 @@ class Proof:
         self.vocabulary = config.model_config.get_vocab_size()
         self.longest = config.model_config.max_model_len - 2 * TOKENS
         self.most = config.scheduler_config.max_num_batched_tokens
+        self.captured = config.compilation_config.cudagraph_capture_sizes or ()
         self.rng = random.Random(5)
         lengths = [n for n in LENGTHS if n <= self.longest]
         self.probes = [self.probe(n, i) for i, n in enumerate(lengths * 3)]
@@ -111,6 +112,8 @@ class Proof:
 
     # --- axes: each compares with what the probes gave alone ---
     def prefix_cached(self) -> None:
+        # The last asked finds its prefix even in a small cache.
+        self.compare("whole prefix cached", self.engine.ask(self.probes[-1:]), self.alone[-1:])
         for _ in range(2):
             self.compare("whole prefix cached", self.engine.ask(self.probes), self.alone)
 
@@ -154,7 +157,8 @@ class Proof:
     def edges(self) -> None:
         """Prompts that fill a step up to one token less, as many, and one more than each edge, and to whatever number
         below has not been met yet."""
-        around = [m for edge in (*EDGES, self.most) for m in (edge - 1, edge, edge + 1)]
+        edges = dict.fromkeys((*EDGES, self.most, *self.captured))
+        around = [m for edge in edges if edge >= EDGES[0] for m in (edge - 1, edge, edge + 1)]
         wanted = [m for m in (*around, *range(1, EDGES[0])) if m <= self.most]
 
         def fill(step: int) -> list[Probe]:

@@ -56,7 +56,7 @@ PREEMPTED = [name for name in OURS if name.startswith("few pages")]
 # Of one fingerprint: one answer, whatever the settings.
 ALIKE = [name for name in OURS if ENGINES[name][0] == "qwen3" and name not in ("ours", "eager")]
 CROWDED = 512  # the largest graph that vLLM captures itself; below, every number of tokens in a step is met
-EDGES = (512, 1024, 2048, 4096, 8192, 16384)
+EDGES = (512, *range(640, 2049, 128), 4096, 8192, 16384)  # graphs, rows of tables, products, steps
 
 Runs = Mapping[str, "subprocess.CompletedProcess[str]"]
 
