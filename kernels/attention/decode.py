@@ -114,17 +114,26 @@ def decode(
 
 
 @triton.jit
-def _batch(STATE, ACC, row, first, splits, d, D: tl.constexpr, STRIDE: tl.constexpr, BATCH: tl.constexpr):
-    """(m, l, acc) of each split from `first` on. Past the end, -inf and zeros, which change nothing."""
-    found = ()
-    for i in tl.static_range(BATCH):
-        there = first + i < splits
-        at = row + i * STRIDE
-        m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
-        l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
-        # A mask as wide as d: Triton's interpreter cannot broadcast a truth value.
-        found += ((m, l, tl.load(ACC + at * D + d, mask=d * 0 + first + i < splits, other=0.0)),)
-    return found
+def _merge_kept(M, L, A, STATE, ACC, row, first, end, d, D: tl.constexpr, STRIDE: tl.constexpr, BATCH: tl.constexpr):
+    """(M, L, A) with splits [first, end) of a row, ascending. `row`: where split `first` is kept. All of a batch are on
+    their way before the first is merged."""
+    zero = tl.zeros((D,), tl.float32)
+    for split in tl.range(first, end, BATCH):
+        batch = ()
+        for i in tl.static_range(BATCH):
+            at = row + i * STRIDE
+            there = split + i < end  # past the end -inf and zeros, which change nothing
+            m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
+            l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
+            # A mask as wide as d: Triton's interpreter cannot broadcast a truth value.
+            batch += ((m, l, tl.load(ACC + at * D + d, mask=d * 0 + split + i < end, other=0.0)),)
+        for i in tl.static_range(BATCH):
+            m, l, acc = batch[i]
+            M, a, b = merge_scales(M, m)
+            L = tl.fma(L, a, l * b)
+            A = tl.fma(A, zero + a, acc * b)
+        row += BATCH * STRIDE
+    return M, L, A
 
 
 @triton.jit
@@ -152,17 +161,13 @@ def combine(
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
         row += merged.to(tl.int64) * (FEW * Q_HEADS)
-        # A batch of splits is loaded while the one before is merged, so that no load waits for a merge.
-        following = _batch(STATE, ACC, row, merged, splits, d, D, FEW * Q_HEADS, BATCH)
-        for split in tl.range(merged, splits, BATCH):
-            batch = following
-            row += BATCH * FEW * Q_HEADS
-            following = _batch(STATE, ACC, row, split + BATCH, splits, d, D, FEW * Q_HEADS, BATCH)
-            for i in tl.static_range(BATCH):
-                m, l, acc = batch[i]
-                M, a, b = merge_scales(M, m)
-                L = tl.fma(L, a, l * b)
-                A = tl.fma(A, zero + a, acc * b)
+        # A row waits for memory once a batch, so many splits come in large ones; few would have to wait for more code.
+        STRIDE: tl.constexpr = FEW * Q_HEADS
+        MANY: tl.constexpr = 4 * BATCH
+        by_many = tl.minimum(splits, merged + (splits - merged + BATCH) // MANY * MANY)
+        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, merged, by_many, d, D, STRIDE, MANY)
+        row += (by_many - merged).to(tl.int64) * STRIDE
+        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, by_many, splits, d, D, STRIDE, BATCH)
         head = place % Q_HEADS
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)

@@ -206,8 +206,8 @@ class Attention:
             },
         )  # fmt: skip
         if batch.page_table.shape[1] * heads.page > tree.split:
-            # Programs enough to fill the card: where most sequences have nothing to combine, starting more costs time.
-            share = min(plan.few * heads.query, -(-8 * self.multiprocessors // plan.batch))
+            # As many programs as the card holds at once: where most sequences have nothing to combine, more cost time.
+            share = min(plan.few * heads.query, -(-2 * self.multiprocessors // plan.batch))
             self._combine_kernel.launch(
                 key, (plan.batch, share, 1), *partial, plan.sequences, LOG2E, out.stride(0),
                 constants=lambda: {

@@ -56,7 +56,13 @@ class Sequences:
 
 
 def run(
-    tree: Tree, heads: Heads, batch: list[tuple[int, int]], decode: Decode, prefill: Prefill, sinks: torch.Tensor | None
+    tree: Tree,
+    heads: Heads,
+    batch: list[tuple[int, int]],
+    decode: Decode,
+    prefill: Prefill,
+    sinks: torch.Tensor | None,
+    slots: int = 7,
 ) -> tuple[list[torch.Tensor], Sequences]:
     attention = Attention(tree, heads, "cpu", Scratch.empty(heads.query, tree.head_size, "cpu"))
     sequences = Sequences(tree, heads, [keys for keys, _ in batch])
@@ -65,8 +71,8 @@ def run(
     start = torch.tensor([0] + [n for _, n in batch]).cumsum(0).int()
     kv_len = torch.tensor([keys for keys, _ in batch], dtype=torch.int32)
     plan = attention.plan(len(batch), len(q), max(n for _, n in batch), decode, prefill)
-    plan.slots = 7
-    plan.pieces = torch.zeros(7 + len(batch), 8, dtype=torch.int32)
+    plan.slots = slots
+    plan.pieces = torch.zeros(slots + len(batch), 8, dtype=torch.int32)
     plan.fill(start, kv_len, tree.split, tree.window)
     batch_ = Batch(q, out, sequences.table, plan, sinks)
     attention.run(batch_, sequences.cache, decode, prefill)
@@ -91,6 +97,15 @@ def test_kernels_in_the_interpreter_give_the_exact_answer(variant: str, page: in
     for out, (q, k, v), (keys, n) in zip(got, sequences.data, BATCH, strict=True):
         want = exact(tree, q[keys - n :], k, v, keys - n, sinks)
         assert ((out - want).norm() / want.norm()).item() < 2**-11
+
+
+@pytest.mark.parametrize("splits", [20, 50, 115])
+def test_many_splits_are_combined_to_the_bits_of_one_piece(splits: int) -> None:
+    """As pieces of one split each: the last is combined in small batches, in a large one, in two."""
+    tree, heads = dataclasses.replace(SMALL, split=16, sink=True), Heads(2, 1, 16)
+    batch, sinks = [(16 * splits - 3, 2), (40, 1)], torch.linspace(-1, 2, 2)
+    cut, whole = (run(tree, heads, batch, Decode("decode"), Prefill("prefill"), sinks, slots)[0] for slots in (120, 1))
+    assert all(map(torch.equal, cut, whole))
 
 
 def test_a_wrong_window_is_seen() -> None:
