@@ -66,6 +66,23 @@ def test_a_product_without_faults_is_certified_everywhere() -> None:
     assert cpu.certified_row_counts(ascending, data(), N, 40) == tuple(range(1, 41))
 
 
+def test_the_reference_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in vLLM's CPU worker, where torch.set_num_threads does nothing."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> None:
+        seen.append(torch.get_num_threads())
+        y.zero_()
+
+    cpu.reference(product, torch.ones(40, 8), 4)
+    after = torch.get_num_threads()
+    torch._C.set_num_threads(before)
+    assert seen == [1, 1]
+    assert after == 2
+
+
 def test_split_k_is_caught() -> None:
     assert cpu.certified_row_counts(split_k, data(), N, 40) == tuple(range(8, 41))
 
