@@ -59,13 +59,19 @@ class Decoder:
         )
         hidden: torch.Tensor = self.embedding(ids, packed)
         residual: Any = None
-        again = self.base.training and torch.is_grad_enabled() and _checkpointing(self.base)
         for layer in self.layers:
-            if again:
+            if self.checkpointing:
                 hidden, residual = checkpoint(layer, hidden, residual, attention, use_reentrant=False)
             else:
                 hidden, residual = layer(hidden, residual, attention)
         return self.norm.after_adding(hidden, residual, packed)[0]
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether a backward pass is to compute activations again instead of keeping them."""
+        marked = (self.base, *self.base.layers)
+        asked = any(getattr(module, "gradient_checkpointing", False) for module in marked)
+        return bool(asked and self.base.training and torch.is_grad_enabled())
 
 
 class _Layer:
@@ -100,10 +106,6 @@ class _Layer:
         hidden = self.out(attention(qkv), packed)
         hidden, residual = self.between.after_adding(hidden, residual, packed)
         return self.down(silu_and_mul(self.gate_up(hidden, packed)), packed), residual
-
-
-def _checkpointing(base: Any) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in (base, *base.layers))
 
 
 def check(model: Any, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers: forward and input gradient on the server's certified tree, weight gradient folded over sequences."""
+"""Linear layers: forward and input gradient on the server's certified tree, weight gradient in gradients.py's order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_deterministic.integration import linear as served
 from vllm_deterministic.train.gradients import fold
 from vllm_deterministic.train.sequences import Packed
 
-__all__ = ["Linear", "Snapshot"]
+__all__ = ["Linear", "Snapshot", "add_product"]
 
 
 class Snapshot:
@@ -27,7 +27,7 @@ class Snapshot:
 
     @cached_property
     def _backward(self) -> Any:
-        return served.pack(self.weight.t().contiguous(), False)
+        return served.pack(self.weight.t(), False)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T + bias: the server's bits. x: [rows, K]; returns [rows, N]."""
@@ -97,10 +97,19 @@ class _Linear(torch.autograd.Function):
             return dx, None, None, None, *(None for stacked in operands for _ in stacked)
 
         def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
-            # One f32 product over the sequence's rows; its order is the BLAS library's, for this length.
-            dy_rows, n = dy[rows].float(), sums[0].shape[0]
-            sums[0].addmm_(dy_rows[:, :n].t(), x[rows].float())
-            if len(sums) > 1:
-                sums[1].add_(dy_rows.sum(dim=0))
+            add_product(sums, dy[rows], x[rows])
 
-        return dx, None, None, None, *fold(ctx.layer, operands, ctx.packed.slices(), add)
+        return dx, None, None, None, *fold(ctx.layer, operands, ctx.packed, add)
+
+
+def add_product(sums: Sequence[torch.Tensor], dy: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds the gradients of a weight [N, K] and, where there is one, a bias [N] to `sums`, in their dtype.
+
+    dy: [rows, N or more], of which what the server pads is left out; x: [rows, K]. One product over the rows: its order
+    is the BLAS library's, for this number of rows.
+    """
+    weight = sums[0]
+    dy = dy[:, : weight.shape[0]]
+    weight.addmm_(dy.to(weight.dtype).t(), x.to(weight.dtype))
+    if len(sums) > 1:
+        sums[1].add_(dy.sum(dim=0, dtype=torch.float32))

@@ -75,7 +75,15 @@ def logprobs(
     kept = [torch.arange(rows.start + f - 1, rows.stop - 1) for rows, f in zip(packed.slices(), firsts, strict=True)]
     index = torch.cat(kept)
     scored = Packed(tuple(len(each) for each in kept))
-    values = token_logprobs(hidden[index], decoder.head, flat[index + 1], scored, temperature, decoder.vocabulary)
+    values = token_logprobs(
+        hidden[index],
+        decoder.head,
+        flat[index + 1],
+        scored,
+        temperature,
+        decoder.vocabulary,
+        again=decoder.checkpointing,
+    )
     return list(values.split(scored.lengths))
 
 

@@ -74,7 +74,7 @@ class _Norm(torch.autograd.Function):
         def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
             sums[0].add_(terms[rows].reshape(-1, terms.shape[-1]).sum(dim=0))
 
-        (dweight,) = fold(ctx.norm, [[ctx.norm.norm.weight]], ctx.packed.slices(), add)
+        (dweight,) = fold(ctx.norm, [[ctx.norm.norm.weight]], ctx.packed, add)
         return dx, dx if ctx.adding else None, None, None, dweight
 
 
@@ -128,6 +128,5 @@ class _SiluAndMul(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         d = x.shape[-1] // 2
         gate, up, dy = x[..., :d].float(), x[..., d:].float(), dy.float()
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        return torch.cat((dy * up * sigmoid * (1 + gate - silu), dy * silu), dim=-1).to(x.dtype)
+        dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        return torch.cat((dgate, dy * torch.nn.functional.silu(gate)), dim=-1).to(x.dtype)

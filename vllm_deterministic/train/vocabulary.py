@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_deterministic.train.gradients import fold
-from vllm_deterministic.train.linear import Linear, Snapshot
+from vllm_deterministic.train.linear import Linear, Snapshot, add_product
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = ["Embedding", "log_softmax", "token_logprobs"]
@@ -37,9 +37,12 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
 
         def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
-            sums[0].index_add_(0, ids[rows], dy[rows].float())  # on CPU one row after the other
+            # A token's rows first among themselves, in f32; on CPU index_add_ takes one row after the other.
+            tokens, place = ids[rows].unique(return_inverse=True)
+            of_token = torch.zeros(len(tokens), dy.shape[1]).index_add_(0, place, dy[rows].float())
+            sums[0].index_add_(0, tokens, of_token.to(sums[0].dtype))
 
-        return None, None, None, *fold(ctx.layer, [[ctx.layer.layer.weight]], ctx.packed.slices(), add)
+        return None, None, None, *fold(ctx.layer, [[ctx.layer.layer.weight]], ctx.packed, add)
 
 
 def log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -50,14 +53,22 @@ def log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def token_logprobs(
-    x: torch.Tensor, head: Linear, targets: torch.Tensor, packed: Packed, temperature: float, vocabulary: int
+    x: torch.Tensor,
+    head: Linear,
+    targets: torch.Tensor,
+    packed: Packed,
+    temperature: float,
+    vocabulary: int,
+    again: bool = False,
 ) -> torch.Tensor:
     """Log-probability of each row's target, [rows] f32. x: [rows, H] before the head; targets: [rows] token ids.
 
-    The logits of one sequence at a time are in memory; backward computes them again.
+    again: whether backward computes the vocabulary's log-probabilities anew, one sequence at a time, instead of having
+    [rows, vocabulary] f32 kept for it.
     """
     parameters = [p for stacked in head.operands for p in stacked]
-    return _TokenLogprobs.apply(x, head, head.snapshot(), targets, packed, temperature, vocabulary, *parameters)
+    keep = torch.is_grad_enabled() and not again
+    return _TokenLogprobs.apply(x, head, head.snapshot(), targets, packed, temperature, vocabulary, keep, *parameters)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -71,36 +82,37 @@ class _TokenLogprobs(torch.autograd.Function):
         packed: Packed,
         temperature: float,
         vocabulary: int,
+        keep: bool,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         del parameters
-        ctx.save_for_backward(x, targets)
         ctx.head, ctx.weights, ctx.packed = head, weights, packed
         ctx.temperature, ctx.vocabulary = temperature, vocabulary
-        chosen = [
-            _all(weights, x[rows], temperature, vocabulary).gather(-1, targets[rows, None]).squeeze(-1)
-            for rows in packed.slices()
-        ]
+        kept, chosen = [], []
+        for rows in packed.slices():
+            scores = _all(weights, x[rows], temperature, vocabulary)
+            chosen.append(scores.gather(-1, targets[rows, None]).squeeze(-1))
+            if keep:
+                kept.append(scores)
+        ctx.save_for_backward(x, targets, *kept)
         return torch.cat(chosen)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, targets = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        x, targets, *kept = ctx.saved_tensors
+        dy = dy[:, None] / ctx.temperature
+        dlogits = x.new_empty(x.shape[0], ctx.weights.weight.shape[0])  # as wide as the server pads it
+        dlogits[:, ctx.vocabulary :] = 0
+        for i, rows in enumerate(ctx.packed.slices()):
+            scores = kept[i] if kept else _all(ctx.weights, x[rows], ctx.temperature, ctx.vocabulary)
+            change = scores.exp().mul_(-dy[rows]).scatter_add_(1, targets[rows, None], dy[rows])
+            dlogits[rows, : ctx.vocabulary] = change
 
         def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
-            p = _all(ctx.weights, x[rows], ctx.temperature, ctx.vocabulary).exp_()
-            dlogits = p.mul_(-dy[rows, None])
-            dlogits.scatter_add_(1, targets[rows, None], dy[rows, None])
-            dlogits = (dlogits / ctx.temperature).to(x.dtype)
-            sums[0].addmm_(dlogits.float().t(), x[rows].float())
-            if len(sums) > 1:
-                sums[1].add_(dlogits.float().sum(dim=0))
-            missing = ctx.weights.weight.shape[0] - ctx.vocabulary
-            dx[rows] = ctx.weights.input_gradient(torch.nn.functional.pad(dlogits, (0, missing)))
+            add_product(sums, dlogits[rows], x[rows])
 
-        gradients = fold(ctx.head, ctx.head.operands, ctx.packed.slices(), add)
-        return dx, None, None, None, None, None, None, *gradients
+        gradients = fold(ctx.head, ctx.head.operands, ctx.packed, add)
+        return ctx.weights.input_gradient(dlogits), None, None, None, None, None, None, None, *gradients
 
 
 def _all(weights: Snapshot, x: torch.Tensor, temperature: float, vocabulary: int) -> torch.Tensor:
