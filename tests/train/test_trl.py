@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm_deterministic.errors import UnsupportedError
-from vllm_deterministic.train import LiveServer, deterministic_forward
+import vllm_deterministic
+from vllm_deterministic.errors import DeterministicError, UnsupportedError
+from vllm_deterministic.train import LiveServer, LocalEngine, deterministic_forward
 from vllm_deterministic.train.trl import rollout, scoring
+from vllm_deterministic.verify.probes import Probe
 from vllm_deterministic.verify.server import serve
 
 trl = pytest.importorskip("trl")
@@ -75,9 +78,34 @@ def made(model, served, folder, generate):
     return trainer, completions
 
 
-def test_sampler_and_trainer_agree(make, served, tmp_path):
+@pytest.fixture(scope="module")
+def local(make, save, tmp_path_factory):
+    """The same model in an engine inside this process."""
+    from vllm import LLM
+
+    folder = tmp_path_factory.mktemp("local") / "model"
+    tokenizer = save(make("Llama"), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        llm = LLM(
+            str(folder),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=256,
+            additional_config=vllm_deterministic.enable(),
+            weight_transfer_config={"backend": "safetensors"},
+        )
+        assert llm.collective_rpc(lambda worker: os.getpid()) == [os.getpid()]
+        yield LocalEngine(llm), tokenizer
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("where", ["served", "local"])
+def test_sampler_and_trainer_agree(make, where, request, tmp_path):
     """At every step, between which the weights change; and a second run is the first."""
-    live, *_ = served
+    served = request.getfixturevalue(where)
+    live = served[0]
     runs = []
     for number in range(2):
         trainer, completions = made(make("Llama"), served, tmp_path / str(number), rollout(live))
@@ -104,6 +132,21 @@ def test_with_trls_own_scores_they_differ(make, served, tmp_path):
     trainer, _ = made(make("Llama"), served, tmp_path, within)
     trainer.train()
     assert False in trainer.seen
+
+
+def test_a_failed_update_of_a_local_engine_answers_nobody(make, local, tmp_path):
+    engine, _ = local
+    probe = Probe("any", [5, 6, 7], max_tokens=4, logprobs=0)
+    (tmp_path / "none.safetensors").write_bytes(b"")
+    with deterministic_forward(make("Llama")) as model:
+        name = engine.send_weights(model)
+        (before,) = engine.sample([probe])
+        with pytest.raises(Exception, match="header"):
+            engine._update(tmp_path / "none.safetensors")
+        with pytest.raises(DeterministicError, match="half-way"):
+            engine.sample([probe])
+        assert engine.send_weights(model) == name
+        assert engine.sample([probe]) == [before]
 
 
 def test_what_a_rollout_does_not_pass_on_is_refused(make, served, tmp_path):

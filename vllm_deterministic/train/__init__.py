@@ -7,7 +7,8 @@ Needs the extra `cpu`: the operators are the server's own.
 """
 
 from vllm_deterministic.train.accumulate import accumulate
+from vllm_deterministic.train.engine import LocalEngine
 from vllm_deterministic.train.patch import deterministic_forward, logprobs
 from vllm_deterministic.train.server import LiveServer
 
-__all__ = ["LiveServer", "accumulate", "deterministic_forward", "logprobs"]
+__all__ = ["LiveServer", "LocalEngine", "accumulate", "deterministic_forward", "logprobs"]

@@ -1,6 +1,6 @@
-"""trl's GRPOTrainer on a live deterministic server: answers from the server, scores with the server's arithmetic.
+"""trl's GRPOTrainer on a deterministic sampler: answers from the sampler, scores with the sampler's arithmetic.
 
-    trainer = GRPOTrainer(model, rollout_func=rollout(live), ...)
+    trainer = GRPOTrainer(model, rollout_func=rollout(LiveServer(url)), ...)  # or rollout(LocalEngine(llm))
     with scoring(model):
         trainer.train()
 
@@ -9,22 +9,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.train.patch import deterministic_forward, logprobs
-from vllm_deterministic.train.server import LiveServer
-from vllm_deterministic.verify.probes import Endpoint, Probe, ask
+from vllm_deterministic.train.sampler import Sampler
+from vllm_deterministic.verify.probes import Probe
 
 __all__ = ["rollout", "scoring"]
 
 
-def rollout(live: LiveServer) -> Callable[[list[Any], Any], dict[str, list[Any]]]:
+def rollout(sampler: Sampler) -> Callable[[list[Any], Any], dict[str, list[Any]]]:
     """A `rollout_func`: sends the weights where they have changed since the last time, then samples.
 
     The k-th answer to the same prompt in one step gets the k-th seed of that step: eight answers are eight, and a
@@ -39,7 +38,7 @@ def rollout(live: LiveServer) -> Callable[[list[Any], Any], dict[str, list[Any]]
             raise UnsupportedError("rollout passes on temperature, top_p, top_k, min_p and max_completion_length alone")
         model = trainer.accelerator.unwrap_model(trainer.model)
         if sent != [trainer.state.global_step]:
-            live.send_weights(model)
+            sampler.send_weights(model)
             sent[:] = [trainer.state.global_step]
         ids = [_ids(prompt, trainer.processing_class) for prompt in prompts]
         first = 10_000 * trainer.state.global_step + args.seed
@@ -57,8 +56,7 @@ def rollout(live: LiveServer) -> Callable[[list[Any], Any], dict[str, list[Any]]
             )
             for index, each in enumerate(ids)
         ]
-        endpoint = live.endpoint()
-        answers = asyncio.run(_all(endpoint, probes))
+        answers = sampler.sample(probes)
         return {
             "prompt_ids": ids,
             "completion_ids": [list(answer.token_ids) for answer in answers],
@@ -66,10 +64,6 @@ def rollout(live: LiveServer) -> Callable[[list[Any], Any], dict[str, list[Any]]
         }
 
     return generate
-
-
-async def _all(endpoint: Endpoint, probes: Sequence[Probe]) -> list[Any]:
-    return [answer for (answer,) in await asyncio.gather(*(ask(endpoint, probe) for probe in probes))]
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[int]:
