@@ -52,8 +52,7 @@ def findings() -> Iterator[Finding]:
         compat.require_version(device)
     except SeamError as reason:
         yield Finding("vLLM", str(reason), True)
-    if device == "cuda":
-        yield _card()
+    yield _card() if device == "cuda" else _processor()
     for refusal in policy.environment_refusals(device, os.environ):
         yield Finding("environment", str(refusal), True)
     of_device = compat.GPU_SEAMS if device == "cuda" else compat.CPU_SEAMS
@@ -72,6 +71,16 @@ def findings() -> Iterator[Finding]:
     yield Finding("refused: not proved", ", ".join(policy.refused_features()))
     for name, (_, why) in policy.ENVIRONMENT[device].items():
         yield Finding(f"refused: {name}", why)
+
+
+def _processor() -> Finding:
+    import torch
+
+    from vllm_deterministic.kernels.gemm import cpu
+
+    threads = f"{torch.get_num_threads()} thread(s)"
+    name = cpu.machine({})["model name"] or "a processor without a name"
+    return Finding("processor", f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} in this process")
 
 
 def _card() -> Finding:

@@ -34,6 +34,12 @@ def test_what_is_refused_is_listed_with_its_reason() -> None:
     assert not found["refused: not proved"].fatal
 
 
+def test_the_machine_is_named() -> None:
+    pytest.importorskip("vllm")
+    (named,) = [finding for finding in doctor.findings() if finding.what in ("processor", "card")]
+    assert named.value.split(",")[0].strip()
+
+
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vllm")
     assert cli.main(["doctor"]) == 0
