@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE, pad_vocab_size
 
 from vllm_deterministic.errors import UnsupportedError
@@ -43,11 +43,7 @@ class Decoder:
         self.norm = RMSNorm(base.norm, config.rms_norm_eps, dtype)
         padded = pad_vocab_size(self.vocabulary, DEFAULT_VOCAB_PADDING_SIZE) - self.vocabulary
         self.head = Linear([model.lm_head], dtype, padded)
-        with set_current_vllm_config(VllmConfig()):
-            rope = get_rope(
-                self.size, config.max_position_embeddings, rope_parameters=config.rope_parameters, dtype=dtype
-            )
-        self.cos_sin = rope.cos_sin_cache.to(dtype)
+        self.cos_sin = _cos_sin(self.size, config, dtype)
 
     def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """ids: [rows] i64 of the packed sequences; returns the hidden states before the head, [rows, H]."""
@@ -72,6 +68,24 @@ class Decoder:
         marked = (self.base, *self.base.layers)
         asked = any(getattr(module, "gradient_checkpointing", False) for module in marked)
         return bool(asked and self.base.training and torch.is_grad_enabled())
+
+
+def _cos_sin(size: int, config: Any, dtype: torch.dtype) -> torch.Tensor:
+    """vLLM's table of a rotary embedding, [positions, size].
+
+    vLLM keeps the modules that it makes, by their parameters. One made here must not stay: an engine in this process
+    would find it, and rotate by the operator of the configuration that it was made under.
+    """
+    kept = dict(rotary_embedding._ROPE_DICT)
+    try:
+        with set_current_vllm_config(VllmConfig()):
+            rope = rotary_embedding.get_rope(
+                size, config.max_position_embeddings, rope_parameters=config.rope_parameters, dtype=dtype
+            )
+        return rope.cos_sin_cache.to(dtype)
+    finally:
+        rotary_embedding._ROPE_DICT.clear()
+        rotary_embedding._ROPE_DICT.update(kept)
 
 
 class _Layer:
