@@ -185,13 +185,21 @@ class Proof:
             self.played(axis, lambda step: [self.other(max_tokens=500)], every=every, leave=0.1)
 
     def scored(self) -> None:
-        """What was generated, scored as a prompt: raw logprobs of decoding and of prefill are the same bits."""
-        wholes = [[*(p.prompt or ()), *a[0].token_ids] for p, a in zip(self.probes, self.alone, strict=True)]
+        """What was generated, scored as a prompt: raw logprobs of decoding and of prefill are the same bits.
+
+        Not under a grammar: vLLM's raw logprobs are those of the logits that the grammar has masked.
+        """
+        answered = [
+            (probe, answer)
+            for probe, (answer, *_) in zip(self.probes, self.alone, strict=True)
+            if "structured_outputs" not in (probe.extra_body or {})
+        ]
+        wholes = [[*(probe.prompt or ()), *answer.token_ids] for probe, answer in answered]
         ask = [Probe("read", ids, max_tokens=1, logprobs=None, extra_body={"prompt_logprobs": 0}) for ids in wholes]
         for _ in range(2):
             self.engine.cold()
             got, want = [], []
-            for (_, read), (answer, *_) in zip(self.engine.ask(ask), self.alone, strict=True):
+            for (_, read), (_, answer) in zip(self.engine.ask(ask), answered, strict=True):
                 last = len(answer.token_ids)
                 plain = {"top_logprobs": (), "finish_reason": None, "index": 0}
                 got.append([Answer("", read.token_ids[-last:], logprobs=read.logprobs[-last:])])
@@ -228,6 +236,9 @@ class Proof:
     def poisoned(self) -> None:
         """Neighbours whose prompts hold a token that is embedded as NaN, infinity or the largest number."""
         values = (float("nan"), float("inf"), -float("inf"), 3e38)
+        # A probe that generated such a token itself is another request now.
+        clean = [i for i, (a, *_) in enumerate(self.alone) if not {*a.token_ids} & {*range(len(values))}]
+        probes, alone = [self.probes[i] for i in clean], [self.alone[i] for i in clean]
 
         def poison(model: torch.nn.Module) -> None:
             for token, value in enumerate(values):
@@ -242,7 +253,7 @@ class Proof:
                 ids = list(one.prompt or ())
                 ids[self.rng.randrange(len(ids))] = at % len(values)
                 others.append(dataclasses.replace(one, prompt=ids))
-            self.compare("beside NaN and infinities", self.engine.ask(self.probes, others), self.alone)
+            self.compare("beside NaN and infinities", self.engine.ask(probes, others), alone)
 
     AXES = (
         "prefix_cached", "batches", "growing", "edges", "prefix_partly_cached", "chunks", "aborts", "scored",
