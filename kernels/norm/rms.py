@@ -74,13 +74,14 @@ class _Layout:
     Raises ValueError for shapes and strides that are not covered.
     """
 
-    def __init__(self, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    def __init__(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
         self.size, unit = x.shape[-1], _ALIGNED // x.element_size()
         inner = x.shape[1] if x.dim() == 3 else 1
         strides = (*_strides(x), *((0, 0) if residual is None else _strides(residual)))
-        adjacent = all(t.stride(-1) == 1 for t in (x, residual) if t is not None)
+        operands = [t for t in (x, residual, weight) if t is not None]
+        adjacent = all(t.stride(-1) == 1 for t in operands)
         if self.size > LARGEST or not adjacent or any(stride % unit for stride in (self.size, *strides)):
-            said = [(tuple(t.shape), t.stride()) for t in (x, residual) if t is not None]
+            said = [(tuple(t.shape), t.stride()) for t in operands]
             raise ValueError(f"a norm of these shapes and strides is not covered: {said}")
         self.tile = _tile(self.size)[0]
         self.numbers = (inner, *strides)
@@ -99,11 +100,11 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
-    second = None if residual is None else (residual.dtype, residual.stride())
-    key = (x.get_device(), x.dtype, x.shape[1:], x.stride(), second, None if weight is None else weight.dtype)
+    others = [t if t is None else (t.dtype, t.stride()) for t in (residual, weight)]
+    key = (x.get_device(), x.dtype, x.shape[1:], x.stride(), *others)
     layout = _layouts.get(key)
     if layout is None:
-        layout = _layouts[key] = _Layout(x, residual)
+        layout = _layouts[key] = _Layout(x, residual, weight)
     rows = x.numel() // layout.size
     if not rows:
         return out, total

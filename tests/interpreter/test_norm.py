@@ -56,5 +56,10 @@ def test_what_is_refused(x: torch.Tensor) -> None:
         rms._norm(x, None, EPSILON)
 
 
+def test_a_weight_whose_elements_lie_apart_is_refused() -> None:
+    with pytest.raises(ValueError, match="not covered"):
+        rms._norm(torch.zeros(2, 64), torch.ones(128)[::2], EPSILON)
+
+
 def test_no_rows() -> None:
     assert rms._norm(torch.zeros(0, 64), None, EPSILON).shape == (0, 64)
