@@ -4,6 +4,8 @@ asked of a server in test_served.py."""
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 from vllm_deterministic.train import deterministic_forward, logprobs
+from vllm_deterministic.train.patch import decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -106,6 +109,19 @@ def test_afterwards_the_model_is_as_before(sequences, make, plain_logprobs):
     assert torch.equal(plain_logprobs(model, sequences[1]), before)
     with pytest.raises(ConfigurationError, match="inside"):
         logprobs(model, sequences)
+
+
+def test_nothing_of_it_stays_in_memory(sequences, make):
+    """Packed weights are as large as the model: they must not wait for the garbage collector."""
+    model = make("Llama")
+    gc.disable()
+    try:
+        with deterministic_forward(model):
+            kept = weakref.ref(decoder_of(model))
+            sum(each.sum() for each in logprobs(model, sequences)).backward()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

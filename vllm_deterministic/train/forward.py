@@ -38,12 +38,12 @@ class Decoder:
         self.vocabulary = config.vocab_size
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.embedding = Embedding(base.embed_tokens, dtype)
+        self.cos_sin = _cos_sin(self.size, config, dtype)
         normed = MODELS[type(model).__name__]
         self.layers = [_Layer(layer, self, normed) for layer in base.layers]
         self.norm = RMSNorm(base.norm, config.rms_norm_eps, dtype)
         padded = pad_vocab_size(self.vocabulary, DEFAULT_VOCAB_PADDING_SIZE) - self.vocabulary
         self.head = Linear([model.lm_head], dtype, padded)
-        self.cos_sin = _cos_sin(self.size, config, dtype)
 
     def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """ids: [rows] i64 of the packed sequences; returns the hidden states before the head, [rows, H]."""
@@ -91,7 +91,8 @@ def _cos_sin(size: int, config: Any, dtype: torch.dtype) -> torch.Tensor:
 class _Layer:
     def __init__(self, layer: Any, decoder: Decoder, normed: bool) -> None:
         attention, mlp, eps = layer.self_attn, layer.mlp, decoder.config.rms_norm_eps
-        self.decoder, dtype = decoder, decoder.dtype
+        # Not the decoder itself: a cycle would keep its packed weights alive until Python looks for cycles.
+        self.cos_sin, dtype = decoder.cos_sin, decoder.dtype
         self.before = RMSNorm(layer.input_layernorm, eps, dtype)
         self.between = RMSNorm(layer.post_attention_layernorm, eps, dtype)
         self.qkv = Linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
@@ -116,7 +117,7 @@ class _Layer:
                 for norm, part in zip(self.norms, (q, k), strict=True)
             )
             qkv = torch.cat((q, k, v), dim=-1)
-        qkv = rotate(qkv, packed.positions, self.decoder.cos_sin, attention.widths, attention.size)
+        qkv = rotate(qkv, packed.positions, self.cos_sin, attention.widths, attention.size)
         hidden = self.out(attention(qkv), packed)
         hidden, residual = self.between.after_adding(hidden, residual, packed)
         return self.down(silu_and_mul(self.gate_up(hidden, packed)), packed), residual
