@@ -176,8 +176,8 @@ REQUEST_FIELDS = frozenset(
     # sampling, row by row
     "temperature top_p top_k min_p seed repetition_penalty presence_penalty frequency_penalty logit_bias bad_words "
     "allowed_token_ids response_format structured_outputs "
-    # says nothing without tools, which are not on the list; the Responses API sets it itself
-    "tool_choice "
+    # see tools_refusal
+    "tools tool_choice parallel_tool_calls "
     # scores
     "logprobs top_logprobs prompt_logprobs logprob_token_ids "
     # bookkeeping
