@@ -117,6 +117,8 @@ def test_chains_of_an_answer_are_those_of_the_server() -> None:
     receipt = recorder.receipt()
     assert receipt is not None
     assert choices_of(answer) == (receipt.prompt.digest, receipt.choices)
+    answer["choices"][1]["finish_reason"] = "tool_calls"  # the engine stopped, and the text is a call
+    assert choices_of(answer) == (receipt.prompt.digest, receipt.choices)
 
 
 def test_signatures_hold_and_break(tmp_path: Path) -> None:

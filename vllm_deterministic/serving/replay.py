@@ -81,7 +81,9 @@ def choices_of(answer: Mapping[str, Any]) -> tuple[str, list[ChoiceReceipt]]:
             scores = [entry["logprob"] for entry in logprobs.get("content") or ()]
         if ids is None or prompt_ids is None or len(ids) != len(scores):
             raise ConfigurationError("the answer does not have the token ids and logprobs of every token")
-        chains.append((choice["index"], ids, scores, choice["finish_reason"]))
+        # The engine stopped; that the text is a call was found by the parser behind it.
+        reason = "stop" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
+        chains.append((choice["index"], ids, scores, reason))
     prompt = prompt_digest(prompt_ids or ())
     built = []
     for index, ids, scores, reason in chains:
