@@ -119,7 +119,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
 WEIGHT_TRANSFER = "safetensors"
 
 # How a tool call is found in an answer's text (--tool-call-parser).
-TOOL_CALL_PARSERS = ("hermes", "llama3_json")
+TOOL_CALL_PARSERS = ("hermes",)
 
 _OFF = frozenset({"", "0"})
 _ON = frozenset({"", "1"})

@@ -36,8 +36,7 @@ CHOICES = ("required", "named", "auto")
 # Two calls in the parser's own form.
 _ARGUMENTS = r'\{"city": "(Oslo|Rome|Lima)", "days": [1-9]\}'
 _HERMES = rf'<tool_call>\n\{{"name": "weather", "arguments": {_ARGUMENTS}\}}\n</tool_call>'
-_LLAMA = rf'\{{"name": "weather", "parameters": {_ARGUMENTS}\}}'
-TWICE = {"hermes": rf"{_HERMES}\n{_HERMES}", "llama3_json": f"{_LLAMA}; {_LLAMA}"}
+TWICE = {"hermes": rf"{_HERMES}\n{_HERMES}"}
 
 
 @dataclasses.dataclass(frozen=True)
