@@ -189,7 +189,8 @@ def test_half_an_update_is_no_update(server, model, tmp_path):
         assert live.send_weights(model) == old
 
 
-@pytest.mark.parametrize("mode", ["keep", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("abort", "wait"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
 @torch.no_grad()
 def test_an_update_of_a_paused_server(server, model, mode):
     """What vLLM froze is answered by the old weights, all of it; the server stays paused until it is resumed."""
