@@ -252,6 +252,13 @@ REQUEST_SEAMS = {
         "refuses beam search before its stream has begun",
         "beam search is proved",
     ),
+    "offline_beam": Seam(
+        "vllm.entrypoints.generate.beam_search.offline",
+        "BeamSearchOfflineMixin.beam_search",
+        ("self", "prompts", "params"),
+        "refuses LLM.beam_search",
+        "beam search is proved",
+    ),
 }
 _RANDOM_ID = (
     "the id of a tool call is random, and the client puts it into the next turn's prompt",

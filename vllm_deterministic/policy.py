@@ -19,6 +19,7 @@ __all__ = [
     "ENVIRONMENT",
     "PREVIEWS",
     "REQUEST_FIELDS",
+    "SAMPLING_FIELDS",
     "TOOL_CALL_PARSERS",
     "WEIGHT_TRANSFER",
     "Refusal",
@@ -183,6 +184,12 @@ REQUEST_FIELDS = frozenset(
     # bookkeeping
     "user request_id session_id priority cache_salt metadata store service_tier prompt_cache_key background "
     "previous_response_id safety_identifier".split()
+)
+
+# What a request becomes in the engine, and what `LLM.generate` is given: fields of vLLM's SamplingParams.
+SAMPLING_FIELDS = REQUEST_FIELDS | frozenset(
+    # how the answer is handed over, and what vLLM sets itself
+    "detokenize flat_logprobs output_kind output_text_buffer_length skip_clone skip_reading_prefix_cache".split()
 )
 
 

@@ -36,11 +36,13 @@ def test_two_api_servers(servers, probes, said, config):
         assert said(config, "two API servers", kind, answers).identical
 
 
-# Prints, for each kind, how many positions of the same answer agree: alone against in a batch, decode against prompt.
+# Writes, for each kind, how many positions of the same answer agree: alone against in a batch, decode against prompt;
+# and what is said to two things that are not promised.
 OFFLINE = """
 import json, sys
 import vllm_deterministic
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 def main():
     config = vllm_deterministic.enable() if sys.argv[2] == "on" else {}
@@ -65,6 +67,16 @@ def main():
             "batch": agree(decoded, said(crowd, 9)),
             "prompt": agree(decoded, [(token, step[token].logprob.hex()) for token, step in scored]),
         }
+    unproved = {
+        "parameter": lambda: llm.generate(["x"], SamplingParams(max_tokens=1, trace_decode_token_ids=[7])),
+        "beam search": lambda: llm.beam_search([{"prompt": "x"}], BeamSearchParams(beam_width=2, max_tokens=1)),
+    }
+    for kind, ask in unproved.items():
+        try:
+            ask()
+            found[kind] = "answered"
+        except ValueError as error:
+            found[kind] = str(error)
     with open(sys.argv[3], "w") as file:  # standard output is vLLM's log
         json.dump(found, file)
 
@@ -89,6 +101,8 @@ def offline(folder, tmp_path, state: str) -> dict:
 def test_offline(servers, model, tmp_path):
     servers.stop()
     found = offline(model("bfloat16"), tmp_path, "on")
+    assert found.pop("parameter").startswith("'trace_decode_token_ids' is not proved deterministic")
+    assert found.pop("beam search").startswith("'beam_search' is not proved deterministic")
     assert found == {kind: {"batch": 48, "prompt": 48} for kind in ("greedy", "seeded")}
 
 
@@ -97,4 +111,5 @@ def test_offline_control(servers, model, tmp_path):
     """Without the plugin's settings the same engine gives other bits in a batch, and as prompt."""
     servers.stop()
     found = offline(model("bfloat16"), tmp_path, "off")
+    assert found.pop("parameter") == found.pop("beam search") == "answered"
     assert all(found[kind][axis] < 48 for kind in found for axis in ("batch", "prompt"))

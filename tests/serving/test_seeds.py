@@ -11,6 +11,7 @@ from vllm_deterministic.verify.probes import ask, by_choice, compare, run_load
 
 pytestmark = pytest.mark.serving
 
+UNSEEDED = "A request at temperature > 0 brought no seed."
 MAIN = "det-bf16-compiled-2048"
 main = pytest.mark.parametrize("config", [MAIN])
 # Other settings compile anew, so CI takes the eager one.
@@ -21,11 +22,15 @@ fresh = pytest.mark.parametrize(
 
 @main
 def test_identical_requests_get_identical_answers(servers, probes, said, config):
-    endpoint = servers.get(config).endpoint
+    server = servers.get(config)
+    counted = 'vllm_deterministic_unseeded_requests_total{mode="derived"}'
+    before = server.metric(counted) if UNSEEDED in server.log.read_text() else 0.0
     unseeded = dataclasses.replace(probes["seeded"], seed=None)
-    answers = asyncio.run(run_load(endpoint, unseeded, repeats=4, concurrency=2, neighbours=8))
+    answers = asyncio.run(run_load(server.endpoint, unseeded, repeats=4, concurrency=2, neighbours=8))
     assert said(config, "unseeded", "T = 0.8", answers).identical
     assert answers[0].seeds == ()
+    assert server.metric(counted) >= before + 4, "some neighbours bring no seed either"
+    assert server.log.read_text().count(UNSEEDED) == 1
 
 
 @main

@@ -20,6 +20,17 @@ def test_a_plugin_list_without_us_is_fatal(monkeypatch: pytest.MonkeyPatch) -> N
     assert any(finding.fatal and finding.what == "VLLM_PLUGINS" for finding in doctor.findings())
 
 
+def test_no_compiler_is_fatal_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    platforms = pytest.importorskip("vllm.platforms")
+    if not platforms.current_platform.is_cpu():
+        pytest.skip("torch.compile needs it on CPU")
+    assert not [finding for finding in doctor.findings() if finding.what == "C++ compiler"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (finding,) = [finding for finding in doctor.findings() if finding.what == "C++ compiler"]
+    assert finding.fatal
+    assert "install g++" in finding.value
+
+
 def test_an_unknown_vllm_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setattr("vllm_deterministic.compat.vllm_version", lambda: "9.9.9")

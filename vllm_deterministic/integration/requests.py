@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from prometheus_client import Counter
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, SamplingType
 
 from vllm_deterministic import compat, policy
@@ -39,6 +40,12 @@ _DISTRIBUTION = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
+# Fields of the engine's parameters that are not promised, with their defaults: None, False and the like.
+_UNPROVED = {
+    name: getattr(SamplingParams(), name)
+    for name in SamplingParams.__struct_fields__
+    if not name.startswith("_") and name not in policy.SAMPLING_FIELDS
+}
 
 
 class _State:
@@ -55,12 +62,13 @@ def arm(settings: Settings, server_seed: int) -> None:
     compat.install(compat.REQUEST_SEAMS["responses"], lambda original: wire.named_in_metadata(_checked(original)))
     for name in ("chat_beam", "completion_beam"):
         compat.install(compat.REQUEST_SEAMS[name], _checked_beam)
+    compat.install(compat.REQUEST_SEAMS["offline_beam"], _no_beam_search)
     compat.install(compat.REQUEST_SEAMS["completion_create"], _checked_first)
     compat.install(compat.REQUEST_SEAMS["process_inputs"], _seeded)
 
 
 def _refuse(request: Any) -> None:
-    """Raises VLLMValidationError, which becomes HTTP 400 with `param`, for the first thing that is not promised."""
+    """Raises VLLMValidationError for the first thing in an HTTP request that is not promised."""
     fields = type(request).model_fields
     stated = [
         name
@@ -68,15 +76,25 @@ def _refuse(request: Any) -> None:
         if getattr(request, name) != fields[name].get_default(call_default_factory=True)
     ]
     if (field := policy.request_refusal(stated)) is not None:
-        raise refusal(
-            f"{field!r} is not proved deterministic: leave it out, or ask a server without --deterministic",
-            parameter=field,
-            reason="not_proved",
-            value=getattr(request, field),
-        )
+        raise _not_proved(field, getattr(request, field))
     kinds = [tool.type for tool in getattr(request, "tools", None) or ()]
     if (unproved := policy.tools_refusal(kinds, getattr(request, "n", None) or 1)) is not None:
         raise refusal(unproved[1], parameter=unproved[0], reason="not_proved")
+
+
+def _refuse_sampling(params: SamplingParams) -> None:
+    """The same for whoever comes without such a request: `LLM.generate`, the token endpoints, a generation config."""
+    # By identity: an array would be compared element by element. vLLM writes False where nobody said anything.
+    for name, plain in _UNPROVED.items():
+        value = getattr(params, name)
+        if value is not plain and value is not None and value is not False:
+            raise _not_proved(name, value)
+
+
+def _not_proved(field: str, value: Any) -> VLLMValidationError:
+    """Becomes HTTP 400 with `param`."""
+    message = f"{field!r} is not proved deterministic: leave it out, or ask a server without --deterministic"
+    return refusal(message, parameter=field, reason="not_proved", value=value)
 
 
 def _checked(to_sampling_params: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
@@ -104,6 +122,14 @@ def _checked_beam(to_beam_search_params: Callable[..., Any]) -> Callable[..., An
     return wrapped
 
 
+def _no_beam_search(beam_search: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(beam_search)
+    def wrapped(self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        raise _not_proved("beam_search", params)
+
+    return wrapped
+
+
 def _checked_first(create_completion: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create_completion)
     async def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,9 +152,10 @@ def _seeded(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        params = request.sampling_params
-        if params is not None and _needs_seed(params):
-            params.seed = _derived_seed(request) if _State.settings.unseeded == "derived" else _fresh_seed()
+        if (params := request.sampling_params) is not None:
+            _refuse_sampling(params)
+            if _needs_seed(params):
+                params.seed = _derived_seed(request) if _State.settings.unseeded == "derived" else _fresh_seed()
         wire.took(request)
         return request
 
