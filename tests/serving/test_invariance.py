@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 
 import pytest
 
@@ -169,17 +168,3 @@ def test_restart_and_compile_cache(servers, probes, said, config, kind, tmp_path
         answers += asyncio.run(ask(server.endpoint, probes[kind]))
     servers.stop()
     assert said(config, "restart, compile cache", kind, answers).identical
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not {0, 1} <= os.sched_getaffinity(0), reason="needs the first two cores")
-@pytest.mark.parametrize("config", ["det-bf16-compiled-2048", "det-f32-eager-2048"])
-def test_threads(servers, axes, probes, said, config):
-    """vLLM leaves a core to its front end; given both, the model runs with two threads, on the same trees."""
-    references = {kind: servers.reference(config, probe) for kind, probe in probes.items()}
-    server = servers.get(config, VLLM_CPU_OMP_THREADS_BIND="0,1")
-    assert "2 threads)" in server.log.read_text()
-    for kind, probe in probes.items():
-        answers = axes.batch(server.endpoint, probe, repeats=2, neighbours=12)
-        assert said(config, "two threads", kind, references[kind] + answers).identical
-    servers.stop()

@@ -25,7 +25,11 @@ FRONT_END: dict[str, Callable[[], None]] = {}
 # The engine's own process, where the scheduler lives, has no seam of the plugin: planted when plugins are loaded.
 ENGINE: dict[str, Callable[[], None]] = {}
 # Faults that leave one of the plugin's replacements out.
-LEFT_OUT = {"untiled-linear": compat.CPU_SEAMS["linear"], "tie-order": compat.CPU_SEAMS["top_logprobs"]}
+LEFT_OUT = {
+    "untiled-linear": compat.CPU_SEAMS["linear"],
+    "tie-order": compat.CPU_SEAMS["top_logprobs"],
+    "uncut-activation": compat.CPU_SEAMS["activation"],
+}
 
 
 def server_path(folder: Path) -> str:

@@ -145,7 +145,8 @@ def _direct(server: Server, probe: Callable[[Endpoint], Awaitable[list[Answer]]]
 
 
 def test_every_fault_is_tried() -> None:
-    assert set(FAULTS) == set(planted_faults.NAMES)
+    # With one thread nothing is cut; tests/serving/test_threads.py runs five and seven.
+    assert set(FAULTS) == set(planted_faults.NAMES) - {"uncut-activation"}
     assert len(FAULTS) >= 8
 
 
