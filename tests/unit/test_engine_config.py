@@ -36,6 +36,9 @@ OTHER_MODELS = {
         "num_experts_per_tok": 2,
     },
     "quantised": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+    "sounds": {"architectures": ["Qwen2AudioForConditionalGeneration"], "model_type": "qwen2_audio"},
+    "embeddings": {"architectures": ["BertModel"], "model_type": "bert"},
+    "classes": {"architectures": ["LlamaForSequenceClassification"]},
 }
 
 # Runs the configuration step for each case, and says what came of it and which operator or request seams are replaced.
@@ -102,6 +105,9 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({"hf_overrides": {"architectures": ["MixtralForCausalLM"]}}, {}, "--hf-overrides"),
     ({"model": "experts"}, {}, "a mixture-of-experts model"),
     ({"model": "quantised"}, {}, "quantization fp8"),
+    ({"model": "sounds"}, {}, "multimodal input"),
+    ({"model": "embeddings"}, {}, "architecture BertModel"),
+    ({"model": "classes"}, {}, "runner pooling"),
     ({}, {"VLLM_BATCH_INVARIANT": "1"}, "Unset VLLM_BATCH_INVARIANT"),
     ({}, {"VLLM_CPU_ATTN_SPLIT_KV": "1"}, "Unset VLLM_CPU_ATTN_SPLIT_KV"),
     ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, "Unset VLLM_USE_RUST_FRONTEND"),
