@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vllm_deterministic import __version__, doctor, linear_commands, models, presets
+from vllm_deterministic import __version__, bisect, doctor, linear_commands, models, presets
 from vllm_deterministic.errors import DeterministicError
 from vllm_deterministic.serving import replay
 from vllm_deterministic.verify import command
@@ -18,7 +18,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-deterministic", description="Deterministic serving for vLLM.")
     parser.add_argument("--version", action="version", version=f"vllm-deterministic {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for subcommand in (command, replay, doctor, presets, models, linear_commands):
+    for subcommand in (command, replay, doctor, presets, models, linear_commands, bisect):
         subcommand.add_parser(subparsers)
     return parser
 
