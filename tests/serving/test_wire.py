@@ -140,10 +140,15 @@ def test_receipts_are_of_the_answer(servers, config, ask, n):
 def test_metrics_count(servers, config):
     server = servers.get(config)
     names = ("requests", "refused_requests", "receipts")
+
+    def refused():
+        with pytest.raises(openai.BadRequestError):
+            completion(server, extra_body={"deterministic": "maybe"})
+
+    refused()  # a counter with labels shows nothing before its first
     before = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
     completion(server, extra_body=RECEIPT)
-    with pytest.raises(openai.BadRequestError):
-        completion(server, extra_body={"deterministic": "maybe"})
+    refused()
     after = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
     assert server.metric("vllm_deterministic_certified_shapes") > 0
