@@ -6,7 +6,7 @@ import contextvars
 import functools
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import msgspec
@@ -84,10 +84,11 @@ def _refuse(request: Any) -> None:
 
 def _refuse_sampling(params: SamplingParams) -> None:
     """The same for whoever comes without such a request: `LLM.generate`, the token endpoints, a generation config."""
-    # By identity: an array would be compared element by element. vLLM writes False where nobody said anything.
+    # By identity: an array would be compared element by element. vLLM writes False or {} where nobody said anything.
     for name, plain in _UNPROVED.items():
         value = getattr(params, name)
-        if value is not plain and value is not None and value is not False:
+        empty = value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
+        if value is not plain and not empty:
             raise _not_proved(name, value)
 
 
