@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from bootstrap import interval
+from report import machine, write
 from vllm_deterministic.kernels.attention.certify import Sequences
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill
@@ -151,15 +151,6 @@ def points(turn: dict[str, Any], ours: str) -> list[dict[str, Any]]:
     return rows
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """JSON with one point a line."""
-    text = json.dumps({**result, "points": ["POINTS"], "turns": ["TURNS"]}, indent=1)
-    for name in ("points", "turns"):
-        rows = ",\n  ".join(json.dumps(row) for row in result[name])
-        text = text.replace(f'"{name.upper()}"', rows)
-    path.write_text(text + "\n")
-
-
 def rescore(path: Path) -> None:
     """Writes a finished run's points again, for the schedules that the launcher chooses now."""
     result = json.loads(path.read_text())
@@ -170,7 +161,7 @@ def rescore(path: Path) -> None:
         decode, prefill = attention.schedules(turn["batch"], turn["queries"])
         kept += points(turn, (prefill or decode).name)
     result["points"] = kept
-    write(result, path)
+    write(path, result)
     summary(kept)
 
 
@@ -229,12 +220,8 @@ def main() -> None:
     if arguments.rescore:
         rescore(arguments.rescore)
         return
-    import vllm
-
     result: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "driver": os.popen("nvidia-smi --query-gpu=driver_version --format=csv,noheader").read().strip(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__},
+        **machine("torch", "triton", "vllm"),
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "points": [],
@@ -246,7 +233,7 @@ def main() -> None:
         result["points"].extend(rows)
         for row in rows:
             print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
-        write(result, arguments.out)
+        write(arguments.out, result)
 
     if "accuracy" in arguments.parts:
         add(accuracy())

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import os
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bootstrap import interval
+from report import machine, write
 
 OURS = "ours"
 SIDES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -181,31 +180,15 @@ def points(seconds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     return found
 
 
-def versions() -> dict[str, Any]:
-    import torch
-    import triton
-    import vllm
-
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "card": torch.cuda.get_device_name(),
-        "driver": subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__},
-    }
-
-
-def write(
+def write_report(
     report: dict[str, Any], seconds: dict[str, list[dict[str, float]]], tokens: dict[str, float], path: Path
 ) -> None:
-    """JSON with one point a line. tokens: of KV cache that fit, of each engine."""
+    """tokens: of KV cache that fit, of each engine."""
     found = points(seconds)
     for peer in [side for side in tokens if side != OURS]:
         fit = {"peer": round(tokens[peer]), "ours": round(tokens[OURS]), "ratio": round(tokens[OURS] / tokens[peer], 3)}
         found.append({"what": "KV-cache tokens that fit in 0.9 of the card", "unit": "tokens", "name": peer, **fit})
-    rows = ",\n  ".join(json.dumps(row) for row in found)
-    text = json.dumps({**report, "points": "ROWS", "seconds": "SECONDS"}, indent=1)
-    text = text.replace('"ROWS"', f"[\n  {rows}\n ]").replace('"SECONDS"', json.dumps(seconds))
-    path.write_text(text + "\n")
+    write(path, {**report, "points": found, "seconds": seconds})
 
 
 def main() -> None:
@@ -239,7 +222,7 @@ def main() -> None:
             sys.exit(f"the engine {side!r} did not start: see {args.logs}/{side}.log")
         say(f"{side} is up")
     report = {
-        **versions(),
+        **machine("torch", "triton", "vllm"),
         "command": shlex.join(["python", "benchmarks/engine.py", Path(args.model).name, *sys.argv[2:]]),
         "date": datetime.date.today().isoformat(),
         "start_seconds_side_by_side": starts,
@@ -248,14 +231,14 @@ def main() -> None:
     for turn in range(-1, args.rounds):
         one_round(engines, turn, seconds)
         if turn >= 0:
-            write(report, seconds, {}, args.out)  # a run that is cut short has said what it saw
+            write_report(report, seconds, {}, args.out)  # a run that is cut short has said what it saw
         say(f"round {turn + 1} of {args.rounds}")
     tokens = {}
     for side, connection in engines.items():
         connection.send(("room", "", ()))
         tokens[side] = connection.recv()
         connection.send(None)
-    write(report, seconds, tokens, args.out)
+    write_report(report, seconds, tokens, args.out)
     for process in processes:
         process.join(60)
     for peer in [side for side in args.sides if side != OURS]:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine import versions
+from report import machine, write
 
 from vllm_deterministic.verify.server import Server, serve
 
@@ -89,7 +89,7 @@ def main() -> None:
     seen: dict[str, list[dict[str, dict[str, float]]]] = {what: [] for what in asked}
     said = [Path(args.model).name, *sys.argv[2:]]
     report = {
-        **versions(),
+        **machine("torch", "triton", "vllm"),
         "command": shlex.join(["python", "benchmarks/online.py", *said]),
         "date": datetime.date.today().isoformat(),
     }
@@ -109,9 +109,7 @@ def main() -> None:
                 if turn >= 0:
                     seen[what].append(both)
             if turn >= 0:
-                rows = ",\n  ".join(json.dumps(row) for row in points(seen))
-                text = json.dumps({**report, "points": "ROWS"}, indent=1)
-                args.out.write_text(text.replace('"ROWS"', f"[\n  {rows}\n ]") + "\n")
+                write(args.out, {**report, "points": points(seen)})
             print(f"round {turn + 1} of {args.rounds}", flush=True)
     for row in points(seen):
         print(f"{row['what']:48s} {row['peer']:10.2f} {row['ours']:10.2f} {row['unit']:9s} {row['ratio']:.3f}")

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from report import machine, write
+
 HERE = Path(__file__).parent
 ENGINES: dict[str, dict[str, Any]] = {"default": {}, "ours": {"additional_config": {"vllm_deterministic": {}}}}
 
@@ -74,18 +76,6 @@ def sums(model: str, pieces: list[list[int]]) -> Iterator[tuple[str, float]]:
         yield name, float.fromhex(done.stdout.split()[-1])
 
 
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
-    import vllm
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if card != "CPU" else ""
-    names = {"torch": torch, "transformers": transformers, "vllm": vllm}
-    return {"card": card, "driver": driver, "versions": {name: one.__version__ for name, one in names.items()}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -112,8 +102,8 @@ def main() -> None:
         for peer in found if peer != "ours"
     ]  # fmt: skip
     command = shlex.join(["python", "benchmarks/perplexity.py", Path(args.model).name, *sys.argv[2:]])
-    report = {**machine(), "command": command, "date": datetime.date.today().isoformat(), "points": points}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    facts = machine("torch", "transformers", "vllm")
+    write(args.out, {**facts, "command": command, "date": datetime.date.today().isoformat(), "points": points})
     print(json.dumps(points, indent=1))
 
 
