@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from vllm_deterministic.errors import ConfigurationError, DeterministicError
 from vllm_deterministic.integration import facts
 from vllm_deterministic.train.sampler import Sampler
+from vllm_deterministic.verify.offline import answers, parameters
 from vllm_deterministic.verify.probes import Answer, Probe
 
 __all__ = ["LocalEngine"]
@@ -41,10 +42,14 @@ class LocalEngine(Sampler):
             raise DeterministicError("a weight update has failed half-way: send_weights again")
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=_ids(probe)) for probe in probes],
-            [_parameters(probe) for probe in probes],
+            [parameters(probe) for probe in probes],
             use_tqdm=False,
         )
-        return [_answer(output) for output in outputs]
+        found = []
+        for probe, output in zip(probes, outputs, strict=True):
+            (answer,) = answers(output, probe)
+            found.append(replace(answer, prompt_token_ids=tuple(output.prompt_token_ids)))
+        return found
 
     def _update(self, file: Path) -> None:
         self._whole = False  # until every step has succeeded
@@ -60,26 +65,3 @@ def _ids(probe: Probe) -> list[int]:
     if probe.prompt is None or isinstance(probe.prompt, str):
         raise ConfigurationError(f"probe {probe.name!r}: a local engine is asked in token ids")
     return list(probe.prompt)
-
-
-def _parameters(probe: Probe) -> Any:
-    return SamplingParams(
-        max_tokens=probe.max_tokens,
-        temperature=probe.temperature,
-        top_p=1.0 if probe.top_p is None else probe.top_p,
-        seed=probe.seed,
-        logprobs=probe.logprobs,
-        **probe.extra_body,
-    )
-
-
-def _answer(output: Any) -> Answer:
-    (choice,) = output.outputs
-    scores = zip(choice.token_ids, choice.logprobs or (), strict=False)
-    return Answer(
-        text=choice.text,
-        token_ids=tuple(choice.token_ids),
-        logprobs=tuple(entry[token].logprob for token, entry in scores),
-        finish_reason=choice.finish_reason,
-        prompt_token_ids=tuple(output.prompt_token_ids),
-    )

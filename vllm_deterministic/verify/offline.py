@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from vllm_deterministic.verify.probes import Answer, Probe
 
-__all__ = ["Arrivals", "Engine"]
+__all__ = ["Arrivals", "Engine", "answers", "parameters"]
 
 # Who arrives before one step: probes whose answers are wanted, under their keys, and others under None.
 Arrivals = Sequence[tuple[int | None, Probe]]
@@ -113,38 +113,43 @@ class Engine:
         self._asked += 1
         name = str(self._asked)
         prompt = {"prompt_token_ids": list(probe.prompt or ())}
-        self.engine.add_request(name, prompt, parameters(probe), priority=self._random.randrange(3))
+        # A probe stops at its length alone, and its text is left to whoever wants it.
+        asked = parameters(probe, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        self.engine.add_request(name, prompt, asked, priority=self._random.randrange(3))
         return name
 
 
-def parameters(probe: Probe) -> SamplingParams:
-    """What the probe asks of vLLM. It stops at its length alone, and its text is left to whoever wants it."""
-    said = dict(probe.extra_body)
+def parameters(probe: Probe, **more: Any) -> SamplingParams:
+    """What the probe asks of vLLM. extra_body, more: SamplingParams' own arguments."""
+    said = {**probe.extra_body, **more}
     if grammar := said.pop("structured_outputs", None):
         said["structured_outputs"] = StructuredOutputsParams(**grammar)
     if probe.top_p is not None:
         said["top_p"] = probe.top_p
     return SamplingParams(
         max_tokens=probe.max_tokens, temperature=probe.temperature, seed=probe.seed, n=probe.n, logprobs=probe.logprobs,
-        ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **said,
+        **said,
     )  # fmt: skip
 
 
 def answers(output: Any, probe: Probe) -> list[Answer]:
     """The choices by index; after them what was said of the prompt, where that was asked for."""
     found = [
-        scored(choice.token_ids, choice.logprobs or (), index=choice.index, finish_reason=choice.finish_reason)
+        scored(
+            choice.token_ids, choice.logprobs or (), text=choice.text, index=choice.index,
+            finish_reason=choice.finish_reason,
+        )
         for choice in sorted(output.outputs, key=lambda choice: choice.index)
-    ]
+    ]  # fmt: skip
     if output.prompt_logprobs:
         found.append(scored(output.prompt_token_ids[1:], output.prompt_logprobs[1:], index=probe.n))
     return found
 
 
-def scored(tokens: Sequence[int], scores: Sequence[Any], **more: Any) -> Answer:
+def scored(tokens: Sequence[int], scores: Sequence[Any], *, text: str = "", **more: Any) -> Answer:
     """Tokens with their logprobs; top logprobs under token ids. scores: per token a mapping of id to Logprob."""
     return Answer(
-        text="",
+        text=text,
         token_ids=tuple(tokens),
         logprobs=tuple(step[token].logprob for token, step in zip(tokens, scores, strict=False)),
         top_logprobs=tuple(tuple(sorted((str(token), one.logprob) for token, one in s.items())) for s in scores),
