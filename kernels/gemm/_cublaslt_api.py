@@ -14,7 +14,7 @@ import torch
 
 from vllm_deterministic.errors import SeamError
 
-__all__ = ["CONFIG", "DATA_TYPE", "Algorithm", "HeuristicResult", "call", "create", "library", "set_attribute"]
+__all__ = ["CONFIG", "DATA_TYPE", "Algorithm", "HeuristicResult", "call", "check", "create", "library", "set_attribute"]
 
 DATA_TYPE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
 COMPUTE_32F, COMPUTE_32F_PEDANTIC = 68, 69
@@ -59,7 +59,12 @@ def library() -> Any:
 
 def call(name: str, *args: Any) -> None:
     """Calls a function of the library. Raises RuntimeError with the function's name and status where it fails."""
-    if status := getattr(library(), name)(*args):
+    check(name, getattr(library(), name)(*args))
+
+
+def check(name: str, status: int) -> None:
+    """Raises RuntimeError where a function of the library has failed."""
+    if status:
         raise RuntimeError(f"{name} failed with status {status}")
 
 

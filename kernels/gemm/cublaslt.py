@@ -146,8 +146,7 @@ class _Call:
             self._handle, self._desc, _ONE_AT, weight.data_ptr(), self._w, x.data_ptr(), self._x, _ZERO_AT,
             out, self._y, out, self._y, self._algorithm, None, 0, torch._C._cuda_getCurrentRawStream(self._device),
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"cublasLtMatmul failed with status {status}")
+        api.check("cublasLtMatmul", status)
 
 
 def _prepared(schedule: CublasLt, problem: Problem, out_dtype: torch.dtype, m: int, stride: int, device: int) -> _Call:
