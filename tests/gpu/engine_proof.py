@@ -322,7 +322,7 @@ def main() -> None:
     start = round(time.perf_counter() - began, 1)
     axes = [axis for axis in only.split(",") if axis] or list(Proof.AXES)
     # A head that is tied to the embedding would give every row a poisoned logit.
-    if llm.llm_engine.model_config.hf_config.tie_word_embeddings or side == "default":
+    if llm.llm_engine.model_config.hf_config.tie_word_embeddings:
         axes = [axis for axis in axes if axis != "poisoned"]
     for report in Proof(Engine(llm.llm_engine), bulk, axes).run():
         report["start_seconds"] = start

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 HERE = Path(__file__).parent
-AT_ONCE = 10  # engines; they share the card's memory and the host's cores
+AT_ONCE = 10  # engines on a card; they share its memory and the host's cores
 SECONDS = 500  # for all of them
 ROOM = ("gpu_memory_utilization=0.05", "max_model_len=4096")
 # The cache is given in bytes: what vLLM measures is wrong while other engines start on the same card.
@@ -63,7 +64,9 @@ Runs = Mapping[str, "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every engine once, in processes of their own, side by side."""
+    """Every engine once, in processes of their own, side by side on all the cards there are."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    cards = listed.split(",")
     folder = tmp_path_factory.mktemp("models")
     subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
     end = time.monotonic() + SECONDS
@@ -75,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "CUDA_VISIBLE_DEVICES": cards[list(ENGINES).index(name) % len(cards)],
             "VLLM_CACHE_ROOT": str(folder / f"cache-{cache.replace(' ', '-')}"),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "HF_HUB_OFFLINE": "1",
@@ -88,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         limit = ["timeout", str(max(1, int(end - time.monotonic())))]
         return subprocess.run([*limit, *command], env=environment, capture_output=True, text=True)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE * len(cards)) as pool:
         first = pool.submit(run, "ours")
         rest = {name: pool.submit(run, name) for name in ENGINES if name != "ours"}
         found = {"ours": first.result(), **{name: one.result() for name, one in rest.items()}}
