@@ -1,6 +1,7 @@
 """Golden bits: digests of kernels' outputs on fixed hard data, and of a real model's whole answers.
 
     .venv/bin/python scripts/goldens.py record      # writes tests/goldens/VERSION/cpu-….json for this machine
+    python scripts/goldens_cuda.py record           # the same for a card
 
 A golden holds for one numerics version and one architecture with its library versions. Tests recompute it; bits that
 changed while all of that stayed are a change of answers, which needs a new numerics version. `record` is for a new
@@ -15,7 +16,7 @@ import datetime
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def digest(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         if tensor.is_floating_point():
             tensor = tensor.masked_fill(tensor.isnan(), float("nan"))
-        whole.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        whole.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -100,16 +101,18 @@ def _kernels() -> Iterator[tuple[str, str]]:
     yield "top logprobs", digest(*top_logprobs(logits, 20))
 
 
-def _of_answer(answer: Answer) -> dict[str, Any]:
-    chain = Chain(prompt_digest(answer.prompt_token_ids), 0)
+def of_answer(answer: Answer, prompt: Sequence[int]) -> dict[str, Any]:
+    """Digests of an answer to a prompt of these token ids, as a receipt makes them."""
+    chain = Chain(prompt_digest(prompt), 0)
     chain.add(answer.token_ids, answer.logprobs)
     ended = chain.finish("length")
     return {"tokens": ended.tokens, "token_ids": ended.token_chain[-1], "logprobs": ended.logprob_chain[-1]}
 
 
 def answers(endpoint: Endpoint) -> dict[str, Any]:
-    """Probe -> digests of its answer, as a receipt makes them."""
-    return {probe.name: _of_answer(asyncio.run(ask(endpoint, probe))[0]) for probe in PROBES}
+    """Probe -> digests of its answer."""
+    found = {probe.name: asyncio.run(ask(endpoint, probe))[0] for probe in PROBES}
+    return {name: of_answer(answer, answer.prompt_token_ids) for name, answer in found.items()}
 
 
 def place(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,11 +125,11 @@ def outdated(made: Mapping[str, Any]) -> str:
 
     Raises SystemExit for a tree that was changed after release 1.0 froze it.
     """
-    if made["trees"] == numerics(made["numerics"])["cpu"]:
+    if made["trees"] == numerics(made["numerics"])[made["kernels"]["where"]["device"]]:
         return ""
     if int(__version__.partition(".")[0]) >= 1:
         raise SystemExit(f"numerics {made['numerics']} is frozen, and its trees have been changed")
-    return f"numerics {made['numerics']} is not frozen and its trees have changed: scripts/goldens.py record"
+    return f"numerics {made['numerics']} is not frozen and its trees have changed: record them again"
 
 
 def goldens(version: str) -> list[dict[str, Any]]:
@@ -138,18 +141,8 @@ def record(out: Path, version: str, command: str) -> Path:
     """Writes the golden of this machine. Raises SystemExit where one with other bits exists."""
     import openai
 
-    made: dict[str, Any] = {
-        "numerics": version,
-        "provenance": {
-            "date": datetime.date.today().isoformat(),
-            "command": command,
-            "package": __version__,
-            "processor": cpu.machine({}),
-        },
-        "trees": numerics(version)["cpu"],
-        "kernels": {"where": where(), "digests": kernels()},
-        "answers": [],
-    }
+    made = begun(version, "cpu", command, {"processor": cpu.machine({})})
+    made["kernels"] = {"where": where(), "digests": kernels()}
     for name, (dtype, options) in SERVERS.items():
         options = ("--deterministic", "--dtype", dtype, "--max-model-len", "2048", *options)
         with serve(models.prepare_default_model(dtype=dtype), *options, timeout=900,
@@ -158,8 +151,26 @@ def record(out: Path, version: str, command: str) -> Path:
                                http_client=openai.DefaultHttpxClient(trust_env=False)) as client:  # fmt: skip
                 parts = client.get("/deterministic", cast_to=object)["parts"]
             made["answers"].append({"name": name, "where": place(parts), "digests": answers(server.endpoint)})
-    key = hashlib.sha256(json.dumps(made["kernels"]["where"], sort_keys=True).encode()).hexdigest()[:12]
-    file = out / version / f"cpu-{key}.json"
+    return write(out, made)
+
+
+def begun(version: str, device: str, command: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """A golden without its digests. machine: what it was made on, for people; it is no key."""
+    provenance = {"date": datetime.date.today().isoformat(), "command": command, "package": __version__, **machine}
+    return {
+        "numerics": version,
+        "provenance": provenance,
+        "trees": numerics(version)[device],
+        "kernels": {},
+        "answers": [],
+    }
+
+
+def write(out: Path, made: Mapping[str, Any]) -> Path:
+    """Writes a golden under the name of its place. Raises SystemExit where one with other bits exists."""
+    where = made["kernels"]["where"]
+    key = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:12]
+    file = out / made["numerics"] / f"{where['device']}-{key}.json"
     if file.exists():
         before = json.loads(file.read_text())
         if not outdated(before) and any(before[part] != made[part] for part in ("kernels", "answers")):

@@ -16,12 +16,15 @@ def test_every_version_has_goldens(golden) -> None:
         assert recorded, f"numerics {version} has no goldens: scripts/goldens.py record"
         for made in recorded:
             assert made["numerics"] == version
-            assert {"date", "command", "package", "processor"} <= made["provenance"].keys()
+            device = made["kernels"]["where"]["device"]
+            machine = {"cpu": {"processor"}, "cuda": {"card", "driver"}}[device]
+            assert {"date", "command", "package", *machine} <= made["provenance"].keys()
+            assert made["answers"]
 
 
 def test_a_changed_tree_of_a_frozen_version_is_found(golden, monkeypatch) -> None:
     (made, *_) = golden.goldens(NUMERICS_VERSIONS[0])
-    made = {**made, "trees": numerics(made["numerics"])["cpu"]}
+    made = {**made, "trees": numerics(made["numerics"])[made["kernels"]["where"]["device"]]}
     other = {**made, "trees": {**made["trees"], "linear": {"definition": "another"}}}
     monkeypatch.setattr(golden, "__version__", "1.0.0")
     assert golden.outdated(made) == ""
@@ -42,7 +45,7 @@ def recorded(golden):
                 pytest.skip(reason)
             return made["kernels"]["digests"]
         there = made["kernels"]["where"]
-        missing.append({name: here[name] for name in here if here[name] != there[name]})
+        missing.append({name: here[name] for name in here if here[name] != there.get(name)})
     pytest.skip(f"no goldens for this machine: it differs from those recorded in {missing}")
 
 
