@@ -121,6 +121,107 @@ def test_compose_names_files_that_exist() -> None:
     assert source["url"] == "http://prometheus:9090"
 
 
+def compose(*files: Path) -> subprocess.CompletedProcess[str]:
+    """`docker compose config`: the files read, merged and validated. It needs no engine."""
+    named = [word for file in files for word in ("-f", str(file))]
+    return subprocess.run([tool("docker-compose"), *named, "config"], capture_output=True, text=True, check=False)
+
+
+def test_compose_itself_takes_the_files(tmp_path: Path) -> None:
+    done = compose(DOCKER / "compose.yaml")
+    assert done.returncode == 0, done.stderr
+    assert set(yaml.safe_load(done.stdout)["services"]) == {"server", "prometheus", "grafana"}
+    merged = compose(DOCKER / "compose.yaml", DOCKER / "compose.cuda.yaml")
+    assert merged.returncode == 0, merged.stderr
+    server = yaml.safe_load(merged.stdout)["services"]["server"]
+    assert server["build"]["dockerfile"] == "docker/Dockerfile.cuda"
+    assert server["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert [port["target"] for port in server["ports"]] == [int(PORT)]
+    # The control: a misspelt key is found.
+    (tmp_path / "compose.yaml").write_text((DOCKER / "compose.yaml").read_text().replace("restart:", "restrat:"))
+    assert "restrat" in compose(tmp_path / "compose.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "file"), [("config", "prometheus/prometheus.yml"), ("rules", "prometheus/deterministic.rules.yml")]
+)
+def test_prometheus_itself_takes_the_files(tmp_path: Path, what: str, file: str) -> None:
+    done = subprocess.run([tool("promtool"), "check", what, DOCKER / file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The control: an expression that does not parse, a key that does not exist.
+    broken = tmp_path / Path(file).name
+    broken.write_text((DOCKER / file).read_text().replace("== 0", "=== 0").replace("targets:", "tragets:"))
+    assert subprocess.run([tool("promtool"), "check", what, broken], capture_output=True).returncode != 0
+
+
+# Forty minutes of a server, `refused` requests a minute among them, and what the alerts say at the thirtieth.
+ALERTS = """
+rule_files: [{rules}]
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'up{{job="vllm", instance="a"}}'
+        values: '1x40'
+      - series: 'vllm_deterministic_certified_shapes{{instance="a"}}'
+        values: '{shapes}'
+      - series: 'vllm_deterministic_self_checks_total{{instance="a", result="differs"}}'
+        values: '{differs}'
+      - series: 'vllm_deterministic_refused_requests_total{{instance="a", reason="field", field="best_of"}}'
+        values: '0+{refused}x40'
+    alert_rule_test:
+{expected}
+"""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "differs", "refused", "alert"),
+    [
+        ("5x40", "0x40", 0, None),
+        ("0x40", "0x40", 0, "NothingCertified"),
+        ("_x40", "0x40", 0, "PromiseGone"),
+        ("5x40", "0x10 1x30", 0, "SelfCheckDiffers"),
+        ("5x40", "0x40", 60, "PromiseRefused"),
+    ],
+)
+def test_each_alert_fires_when_it_should_and_at_no_other_time(
+    tmp_path: Path, shapes: str, differs: str, refused: int, alert: str | None
+) -> None:
+    """Prometheus' own unit tests of rules."""
+    rules = yaml.safe_load((DOCKER / "prometheus/deterministic.rules.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        del rule["annotations"]  # words for people
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "deterministic", "rules": rules}]}))
+    names = [rule["alert"] for rule in rules]
+    assert alert is None or alert in names
+
+    def check(fires: str | None) -> int:
+        labels = {
+            "SelfCheckDiffers": {"instance": "a", "result": "differs"},
+            "NothingCertified": {"instance": "a"},
+            "PromiseGone": {"instance": "a", "job": "vllm"},
+            "PromiseRefused": {"reason": "field", "field": "best_of"},
+        }
+        expected = [
+            {
+                "eval_time": "30m",
+                "alertname": name,
+                "exp_alerts": [{"exp_labels": labels[name]}] if name == fires else [],
+            }
+            for name in names
+        ]
+        text = ALERTS.format(
+            rules=tmp_path / "rules.yml", shapes=shapes, differs=differs, refused=refused,
+            expected="\n".join("      " + line for line in yaml.safe_dump(expected).splitlines()),
+        )  # fmt: skip
+        (tmp_path / "test.yml").write_text(text)
+        return subprocess.run(
+            [tool("promtool"), "test", "rules", tmp_path / "test.yml"], capture_output=True
+        ).returncode
+
+    assert check(alert) == 0
+    assert check("SelfCheckDiffers" if alert is None else None) != 0
+
+
 def expressions() -> list[str]:
     """Every PromQL expression of the dashboard and of the alerts."""
     dashboard = json.loads((DOCKER / "grafana/deterministic.json").read_text())
