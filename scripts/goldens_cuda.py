@@ -1,6 +1,7 @@
 """Golden bits of a CUDA card: digests of kernels' outputs, and of the answers of small whole engines.
 
     python scripts/goldens_cuda.py record [--out FOLDER]    # writes FOLDER/VERSION/cuda-….json for this card's family
+    python scripts/goldens_cuda.py record --kernels         # the same without engines, which can be added later
     python scripts/goldens_cuda.py answers ENGINE           # one engine's part of it, as a line of JSON
 
 All data are integers times powers of two, made on the CPU: the same on every machine, whatever its card's random
@@ -234,14 +235,14 @@ def answers(engine: str, **options: Any) -> dict[str, Any]:
 
 
 def ask_all() -> list[dict[str, Any]]:
-    """Every engine's part, of processes side by side on the first card. Raises SystemExit with what one said."""
+    """Every engine's part, of processes side by side on the first card. Raises SystemExit where one fails."""
 
     def ask(engine: str) -> dict[str, Any]:
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         command = [sys.executable, str(Path(__file__).resolve()), "answers", engine]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{engine}: {done.stderr[-3000:]}")
+            raise SystemExit(f"{engine}: status {done.returncode}, see above")
         made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return made
 
@@ -249,15 +250,15 @@ def ask_all() -> list[dict[str, Any]]:
         return list(pool.map(ask, ENGINES))
 
 
-def record(out: Path, version: str, command: str) -> Path:
+def record(out: Path, version: str, command: str, engines: bool) -> Path:
     """Writes the golden of this card's family. Raises SystemExit where one with other bits exists."""
     device = torch.device("cuda", 0)
     machine = certificates.card(device, Path(__file__).parent)
-    made = begun(version, "cuda", command, {name: machine[name] for name in ("card", "driver")})
+    made = begun(version, "cuda", command, {name: machine[name].strip() for name in ("card", "driver")})
     with ThreadPoolExecutor(1) as pool:
-        engines = pool.submit(ask_all)
+        asked = pool.submit(ask_all if engines else list)
         made["kernels"] = {"where": where(device), "digests": kernels(device)}
-        made["answers"] = engines.result()
+        made["answers"] = asked.result()
     return write(out, made)
 
 
@@ -267,12 +268,14 @@ def main() -> int:
     recording = actions.add_parser("record")
     recording.add_argument("--numerics", choices=NUMERICS_VERSIONS, default=NUMERICS_VERSIONS[-1])
     recording.add_argument("--out", type=Path, default=GOLDENS)
+    recording.add_argument("--kernels", action="store_true", help="no whole engines")
     actions.add_parser("answers").add_argument("engine", choices=ENGINES)
     args = parser.parse_args()
     if args.action == "answers":
         print(json.dumps(answers(args.engine)))
     else:
-        print(record(args.out, args.numerics, "scripts/goldens_cuda.py record"))
+        command = "scripts/goldens_cuda.py record" + " --kernels" * args.kernels
+        print(record(args.out, args.numerics, command, not args.kernels))
     return 0
 
 

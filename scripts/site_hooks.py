@@ -166,7 +166,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts the tables in, and turns links out of docs/ into paths. Raises PluginError for what does not exist."""
+    """Puts the tables in, and turns links out of docs/ into paths. Raises PluginError for what does not exist.
+
+    A picture links to itself, alone and as large as a screen is.
+    """
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in SOURCES:
@@ -180,4 +183,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"`{path.relative_to(ROOT)}`"
 
     markdown = re.sub(r"^<!-- from: (\w+) -->$", fill, markdown, flags=re.M)
-    return re.sub(r"\[[^\]]+\]\((?P<path>\.\./[^)]+)\)", outside, markdown)
+    markdown = re.sub(r"\[[^\]]+\]\((?P<path>\.\./[^)]+)\)", outside, markdown)
+    return re.sub(r"^(!\[[^\]]*\]\(([^)]+)\))$", r"[\1](\2)", markdown, flags=re.M)

@@ -89,16 +89,17 @@ def test_the_control_other_orders_of_addition_have_other_bits(
 
 
 def test_whole_engines_give_the_golden_bits(golden: ModuleType, recorded: dict[str, Any]) -> None:
-    entries = {entry["name"]: entry for entry in recorded["answers"]}
-    found = {entry["name"]: entry for entry in golden.ask_all()}
-    assert found.keys() == entries.keys()
+    if not recorded["answers"]:
+        pytest.skip("no whole engine is recorded for this card's family: scripts/goldens_cuda.py record")
     compared = 0
-    for name, entry in found.items():
-        if entry["where"] == entries[name]["where"]:  # vLLM's version is a part of it
-            compared += 1
-            assert changed(entry["digests"], entries[name]["digests"]) == [], f"{name}: new numerics version"
+    for entry in golden.ask_all():
+        for known in recorded["answers"]:
+            if (known["name"], known["where"]) == (entry["name"], entry["where"]):  # vLLM's version is a part of it
+                compared += 1
+                found = changed(entry["digests"], known["digests"])
+                assert found == [], f"{entry['name']}: other bits need a new numerics version"
     if not compared:
-        pytest.skip("goldens of whole engines are of another vLLM")
+        pytest.skip("the recorded engines are of another vLLM")
 
 
 def test_answers_of_a_golden_differ_from_each_other(recorded: dict[str, Any]) -> None:

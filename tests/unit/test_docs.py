@@ -84,6 +84,13 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site: Path) -
                 assert unquote(parts.fragment) in pages[target].anchors | {"__top"}, f"{file}: {link}"
 
 
+def test_no_table_or_list_is_left_as_text(site: Path) -> None:
+    """A table right below a code block is a paragraph of bars, which no strict build minds."""
+    for file in site.rglob("*.html"):
+        if "reports" not in file.parts:
+            assert not re.findall(r"<p>(?:\||- |\d+\. ).*", file.read_text()), file
+
+
 def test_every_page_can_be_reached(site: Path) -> None:
     links = {link.rstrip("/").split("/")[-1] for link in _Page((site / "index.html").read_text()).links}
     assert {page.stem for page in (ROOT / "docs").glob("*.md") if page.stem != "index"} <= links
