@@ -40,9 +40,14 @@ SLOW = (
     "from vllm_deterministic.verify",
 )
 STARTED = ("vllm serve MODEL",)
-ALONE = ("import vllm_deterministic\nfrom vllm import LLM", "vllm-deterministic bisect", "vllm-deterministic doctor")
+ALONE = (
+    "import vllm_deterministic\nfrom vllm import LLM",
+    "vllm-deterministic bisect",
+    "vllm-deterministic doctor",
+    "vllm-deterministic model",
+)
 ELSEWHERE = {
-    "pip install": "the package is on no registry yet; scripts/release installs its wheel",
+    "pip install": "changes this environment; scripts/release installs the wheel, scripts/install this tree",
     "scripts/quickstart": "installs everything anew; docs/reports/quickstart-cpu.txt",
     "scripts/check": "what CI runs",
     "scripts/test": "what CI runs",

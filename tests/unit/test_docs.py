@@ -191,7 +191,8 @@ def _python(words: list[str]) -> None:
 def _pip(words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert words[1] == "install"
-    for named in re.findall(r"vllm-deterministic\[([\w,]+)\]", " ".join(words)):
+    assert words[2].startswith((".", "vllm-deterministic"))
+    for named in re.findall(r"(?:vllm-deterministic|\.)\[([\w,]+)\]", " ".join(words)):
         assert set(named.split(",")) <= set(extras)
 
 
@@ -237,7 +238,7 @@ CHECKS = {
         "vllm-deterministic verify --no-such-option URL",
         "scripts/none",
         "nonsense -x",
-        "pip install 'vllm-deterministic[none]'",
+        "pip install '.[none]'",
         "docker build -f docker/None .",
     ],
 )
