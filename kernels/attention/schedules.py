@@ -69,7 +69,8 @@ REFERENCE = Prefill("reference", rows=64, warps=4, stages=1)
 DECODE = (
     Decode("decode-tma", stages=3, tma=True, per_sm=1),
     Decode("decode-tma-many", tma=True, many=True),
-    Decode("decode-32-tma", rows=32, tma=True, per_sm=1),
+    Decode("decode-32-tma", rows=32, stages=3, tma=True, per_sm=1),
+    Decode("decode-32-tma-many", rows=32, tma=True, per_sm=1, many=True),
     Decode("decode-64-tma", rows=64, tma=True, per_sm=1),
     Decode("decode"),
     Decode("decode-64", rows=64, per_sm=1),
