@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from vllm_deterministic.kernels.compiled import Compiled, aligned
 
-__all__ = ["LARGEST", "fused_add_rms_norm", "rms_norm"]
+__all__ = ["LARGEST", "fused_add_rms_norm", "rms_norm", "tile"]
 
 LARGEST = 16384  # elements of a row
 _ALIGNED = 16  # bytes
 
 
-def _tile(size: int) -> tuple[int, int, int]:
+def tile(size: int) -> tuple[int, int, int]:
     """(rows, padded size, warps) of a program, by its size alone. A part of the tree: changing it changes bits."""
     padded = triton.next_power_of_2(size)
     if padded <= 512:  # heads: several to a program
@@ -83,12 +83,12 @@ class _Layout:
         if self.size > LARGEST or not adjacent or any(stride % unit for stride in (self.size, *strides)):
             said = [(tuple(t.shape), t.stride()) for t in operands]
             raise ValueError(f"a norm of these shapes and strides is not covered: {said}")
-        self.tile = _tile(self.size)[0]
+        self.tile = tile(self.size)[0]
         self.numbers = (inner, *strides)
 
     def constants(self) -> dict[str, Any]:
-        tile, padded, warps = _tile(self.size)
-        return {"SIZE": self.size, "ROWS": tile, "PADDED": padded, "num_warps": warps, "enable_fp_fusion": False}
+        each, padded, warps = tile(self.size)
+        return {"SIZE": self.size, "ROWS": each, "PADDED": padded, "num_warps": warps, "enable_fp_fusion": False}
 
 
 # Outside of CUDA graphs each norm of each step comes here: what was covered once is looked up.

@@ -18,7 +18,10 @@ from vllm_deterministic.contract import Settings
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.serving.fingerprint import Fingerprint, Numerics, digest_of
 
-__all__ = ["cpu_architecture", "fingerprint", "gpu_architecture", "model_code", "tokenizer_digest"]
+__all__ = [
+    "architecture", "cpu_architecture", "fingerprint", "gpu_architecture", "libraries", "model_code",
+    "tokenizer_digest",
+]  # fmt: skip
 
 # What chooses a CPU kernel: instructions, and the cache size, by which vLLM's attention cuts its key blocks.
 _INSTRUCTIONS = ("avx", "amx", "fma", "f16c")
@@ -30,6 +33,11 @@ _FRONT_END = (
 )
 # A configuration file's own story, not the model.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "architectures")
+
+
+def architecture(device: torch.device) -> dict[str, Any]:
+    """What of this machine the bits depend on."""
+    return cpu_architecture() if device.type == "cpu" else gpu_architecture(device)
 
 
 def cpu_architecture() -> dict[str, Any]:
@@ -74,12 +82,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of([definition, special, flags])
 
 
-def _compiler(device: str) -> dict[str, str]:
-    if device == "cpu":
-        return {}
-    import triton
+def libraries(device: str) -> dict[str, str]:
+    """The versions of what computes on "cpu" or "cuda"."""
+    found = {"vllm": compat.vllm_version(), "torch": str(torch.__version__)}
+    if device != "cpu":
+        import triton
 
-    return {"triton": triton.__version__}
+        found["triton"] = triton.__version__
+    return found
 
 
 def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any]) -> Fingerprint:
@@ -100,7 +110,7 @@ def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any
         dtype=str(model.dtype).removeprefix("torch."),
         model_code=worker["model_code"],
         compile_mode=compilation.mode.name.lower(),
-        libraries={"vllm": compat.vllm_version(), "torch": torch.__version__, **_compiler(device)},
+        libraries=libraries(device),
     )
     return Fingerprint(
         numerics=numerics,

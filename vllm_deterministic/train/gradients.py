@@ -1,9 +1,10 @@
 """The order in which gradients are added up.
 
 Inside `accumulate` the gradient of a parameter is a fold over sequences: g = (((0 + g_1) + g_2) + …) + g_n in f32,
-where g_i depends on sequence i, the weights and the number of threads, and on nothing else. The fold goes on from one
-backward pass to the next, so how sequences are cut into micro-batches changes no bit. A parameter used twice (a tied
-embedding) has a fold for each use.
+where g_i depends on sequence i, the weights and, on CPU, the number of threads, and on nothing else. (On a card a
+weight's fold goes row by row: gradients.add_product of kernels/.) The fold goes on from one backward pass to the next,
+so how sequences are cut into micro-batches changes no bit. A parameter used twice (a tied embedding) has a fold for
+each use.
 
 Any other backward pass takes all its rows at once, in the parameter's own dtype: one product of the library, faster,
 the same bits for the same batch.
@@ -12,20 +13,18 @@ the same bits for the same batch.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from vllm_deterministic.train.sequences import Packed
+from vllm_deterministic.train.sequences import Packed, open_folds
 
 __all__ = ["Fold", "fold", "folding"]
 
-# The folds that go on from one backward pass to the next; None outside of `folding`.
-_open: contextvars.ContextVar[dict[Any, Fold] | None] = contextvars.ContextVar("folds", default=None)
-# (gradients so far, rows): adds those rows' gradients, in place, computed in the dtype of the gradients so far.
-Add = Callable[[Sequence[torch.Tensor], slice], None]
+# (gradients so far, spans): adds the gradients of each span's rows, one span after the other, in place, computed in the
+# dtype of the gradients so far.
+Add = Callable[[Sequence[torch.Tensor], Sequence[slice]], None]
 
 
 class Fold:
@@ -38,7 +37,9 @@ class Fold:
     def __init__(self, operands: Sequence[Sequence[torch.nn.Parameter]], dtype: torch.dtype | None = None) -> None:
         self.operands = [list(stacked) for stacked in operands]
         self.sums = [
-            torch.zeros(sum(p.shape[0] for p in stacked), *stacked[0].shape[1:], dtype=dtype or stacked[0].dtype)
+            stacked[0].new_zeros(
+                sum(p.shape[0] for p in stacked), *stacked[0].shape[1:], dtype=dtype, requires_grad=False
+            )
             for stacked in self.operands
         ]
 
@@ -53,33 +54,33 @@ def fold(
 ) -> list[torch.Tensor | None]:
     """Adds up the sequences' gradients; returns one gradient for each parameter, in order, in its own dtype.
 
-    Inside `folding` they are kept there, under `key`, and None stands for each.
+    Of rows that were packed inside `folding` they are kept there, under `key`, and None stands for each.
     """
-    folds = _open.get()
+    folds = packed.folds
     if folds is None:
         total = Fold(operands)
-        add(total.sums, slice(0, packed.rows))
+        add(total.sums, [slice(0, packed.rows)])
         return [part.to(parameter.dtype) for parameter, part in total.parts()]
     if key not in folds:
         folds[key] = Fold(operands, torch.float32)
-    for rows in packed.slices():
-        add(folds[key].sums, rows)
+    add(folds[key].sums, list(packed.slices()))
     return [None for stacked in operands for _ in stacked]
 
 
 @contextlib.contextmanager
 def folding() -> Iterator[None]:
-    """Inside, backward passes go on with the same folds; at the end each parameter's sums are added to its `.grad`.
+    """Backward passes of what is packed inside go on with the same folds; at the end each parameter's sums are added to
+    its `.grad`.
 
     The uses of one parameter are added in the order in which backward met them first. An error inside leaves `.grad`
     as it was.
     """
     folds: dict[Any, Fold] = {}
-    token = _open.set(folds)
+    token = open_folds.set(folds)
     try:
         yield
     finally:
-        _open.reset(token)
+        open_folds.reset(token)
     totals: dict[int, torch.Tensor] = {}
     parameters = {}
     for each in folds.values():
@@ -89,5 +90,5 @@ def folding() -> Iterator[None]:
             parameters[id(parameter)] = parameter
             totals[id(parameter)] = totals[id(parameter)] + part if id(parameter) in totals else part
     for number, parameter in parameters.items():
-        gradient = totals[number].to(parameter.dtype)
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+        gradient = totals[number].to(parameter.dtype, copy=True)  # not a part of a sum that others keep
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

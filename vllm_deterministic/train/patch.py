@@ -22,9 +22,10 @@ _ATTRIBUTE = "_vllm_deterministic_decoder"
 def deterministic_forward(model: Any, dtype: torch.dtype | None = None) -> Iterator[Any]:
     """Inside, `model` has the server's forward pass, with a deterministic backward pass; it is yielded.
 
-    model: LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM on the CPU. dtype: the server's, by default the
-    parameters'; f32 parameters may stand behind a bf16 server. `model(input_ids, attention_mask)` takes padded
-    batches, `model(input_ids[1, rows], position_ids=…)` packed ones; logits at padding are meaningless, as ever.
+    model: LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM on the device that vLLM is installed for, the CPU or
+    one CUDA card. dtype: the server's, by default the parameters'; f32 parameters may stand behind a bf16 server.
+    `model(input_ids, attention_mask)` takes padded batches, `model(input_ids[1, rows], position_ids=…)` packed ones;
+    logits at padding are meaningless, as ever.
     Gradient checkpointing is used where the model has it on. Raises UnsupportedError for what is not proved.
     """
     if hasattr(model, _ATTRIBUTE):
@@ -63,18 +64,18 @@ def logprobs(
     top-k or top-p.
     """
     decoder = decoder_of(model)
-    packed = Packed.of_token_ids(token_ids)
+    packed = Packed.of_token_ids(token_ids, decoder.place)
     firsts = [first] * len(token_ids) if isinstance(first, int) else list(first)
     if len(firsts) != len(token_ids) or not all(1 <= f < len(ids) for f, ids in zip(firsts, token_ids, strict=True)):
         raise UnsupportedError("first: between 1 and length - 1 for each sequence")
     if not temperature > 0:
         raise UnsupportedError("temperature: must be above 0")
-    flat = torch.tensor([token for ids in token_ids for token in ids])
+    flat = torch.tensor([token for ids in token_ids for token in ids], device=decoder.place)
     hidden = decoder(flat, packed)
     # Row r of a sequence gives the distribution of its token r + 1.
     kept = [torch.arange(rows.start + f - 1, rows.stop - 1) for rows, f in zip(packed.slices(), firsts, strict=True)]
-    index = torch.cat(kept)
-    scored = Packed(tuple(len(each) for each in kept))
+    index = torch.cat(kept).to(decoder.place)
+    scored = Packed(tuple(len(each) for each in kept), decoder.place)
     values = token_logprobs(
         hidden[index],
         decoder.head,
@@ -124,5 +125,5 @@ def _base_forward(
 def _head_forward(decoder: Decoder, x: torch.Tensor) -> torch.Tensor:
     width = x.shape[-2] if x.ndim > 2 else x.shape[0]
     rows = x.reshape(-1, x.shape[-1]).to(decoder.dtype)
-    logits = decoder.head(rows, Packed((width,) * (len(rows) // width)))
+    (logits,) = decoder.head(rows, Packed((width,) * (len(rows) // width), decoder.place))
     return logits[:, : decoder.vocabulary].view(*x.shape[:-1], -1)

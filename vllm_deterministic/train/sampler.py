@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_deterministic import compat
 from vllm_deterministic.configs import numerics as trees_of
 from vllm_deterministic.contract import Settings
 from vllm_deterministic.errors import UnsupportedError
@@ -40,12 +39,12 @@ def numerics(model: Any) -> Numerics:
     version = Settings().numerics
     return Numerics(
         version=version,
-        trees=trees_of(version)["cpu"],
-        architecture=facts.cpu_architecture(),
+        trees=trees_of(version)[decoder.place.type],
+        architecture=facts.architecture(decoder.place),
         dtype=str(decoder.dtype).removeprefix("torch."),
         model_code=facts.model_code(getattr(module, name)),
         compile_mode="none",
-        libraries={"vllm": compat.vllm_version(), "torch": torch.__version__},
+        libraries=facts.libraries(decoder.place.type),
     )
 
 

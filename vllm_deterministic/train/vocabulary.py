@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from vllm_deterministic.train.device import Weights
 from vllm_deterministic.train.gradients import fold
-from vllm_deterministic.train.linear import Linear, Snapshot, add_product
+from vllm_deterministic.train.linear import Linear
 from vllm_deterministic.train.sequences import Packed
 
-__all__ = ["Embedding", "log_softmax", "token_logprobs"]
+__all__ = ["Embedding", "token_logprobs"]
 
 
 class Embedding:
@@ -36,20 +37,15 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,) = ctx.saved_tensors
 
-        def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
-            # A token's rows first among themselves, in f32; on CPU index_add_ takes one row after the other.
-            tokens, place = ids[rows].unique(return_inverse=True)
-            of_token = torch.zeros(len(tokens), dy.shape[1]).index_add_(0, place, dy[rows].float())
-            sums[0].index_add_(0, tokens, of_token.to(sums[0].dtype))
+        def add(sums: Sequence[torch.Tensor], spans: Sequence[slice]) -> None:
+            for rows in spans:
+                # A token's rows first among themselves, in f32, one after the other: this operator has no atomics, and
+                # index_add_ then meets no token twice.
+                tokens, place = ids[rows].unique(return_inverse=True)
+                of_token = torch.ops.aten.embedding_dense_backward(dy[rows].float(), place, len(tokens), -1, False)
+                sums[0].index_add_(0, tokens, of_token.to(sums[0].dtype))
 
         return None, None, None, *fold(ctx.layer, [[ctx.layer.layer.weight]], ctx.packed, add)
-
-
-def log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[rows, vocabulary] f32, as vLLM's sampler: divided by the temperature in f32, then one log_softmax a row."""
-    if temperature != 1.0:
-        logits = logits.float() / torch.tensor([temperature], dtype=torch.float32)
-    return logits.log_softmax(dim=-1, dtype=torch.float32)
 
 
 def token_logprobs(
@@ -63,8 +59,7 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Log-probability of each row's target, [rows] f32. x: [rows, H] before the head; targets: [rows] token ids.
 
-    again: whether backward computes the vocabulary's log-probabilities anew, one sequence at a time, instead of having
-    [rows, vocabulary] f32 kept for it.
+    again: whether backward computes the vocabulary's scores anew, instead of having [rows, vocabulary] kept for it.
     """
     parameters = [p for stacked in head.operands for p in stacked]
     keep = torch.is_grad_enabled() and not again
@@ -77,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         head: Linear,
-        weights: Snapshot,
+        weights: Weights,
         targets: torch.Tensor,
         packed: Packed,
         temperature: float,
@@ -89,31 +84,40 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.head, ctx.weights, ctx.packed = head, weights, packed
         ctx.temperature, ctx.vocabulary = temperature, vocabulary
         kept, chosen = [], []
-        for rows in packed.slices():
-            scores = _all(weights, x[rows], temperature, vocabulary)
-            chosen.append(scores.gather(-1, targets[rows, None]).squeeze(-1))
+        for rows in head.device.spans(packed):
+            logits = _logits(weights, x[rows], vocabulary)
+            scores, needed = head.device.scores(logits[:, :vocabulary], targets[rows], temperature)
+            chosen.append(scores)
             if keep:
-                kept.append(scores)
+                kept.append(needed)
+        ctx.width = logits.shape[1]
         ctx.save_for_backward(x, targets, *kept)
         return torch.cat(chosen)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, targets, *kept = ctx.saved_tensors
+        device, weights, vocabulary = ctx.head.device, ctx.weights, ctx.vocabulary
         dy = dy[:, None] / ctx.temperature
-        dlogits = x.new_empty(x.shape[0], ctx.weights.weight.shape[0])  # as wide as the server pads it
-        dlogits[:, ctx.vocabulary :] = 0
-        for i, rows in enumerate(ctx.packed.slices()):
-            scores = kept[i] if kept else _all(ctx.weights, x[rows], ctx.temperature, ctx.vocabulary)
-            change = scores.exp().mul_(-dy[rows]).scatter_add_(1, targets[rows, None], dy[rows])
-            dlogits[rows, : ctx.vocabulary] = change
+        dlogits = x.new_empty(x.shape[0], ctx.width)
+        dlogits[:, vocabulary:] = 0
+        for i, rows in enumerate(device.spans(ctx.packed)):
+            if kept:
+                needed = kept[i]
+            else:
+                logits = _logits(weights, x[rows], vocabulary)
+                _, needed = device.scores(logits[:, :vocabulary], targets[rows], ctx.temperature)
+            change = device.probabilities(needed, ctx.temperature).mul_(-dy[rows])
+            # One token a row: nothing is added twice.
+            dlogits[rows, :vocabulary] = change.scatter_add_(1, targets[rows, None], dy[rows])
 
-        def add(sums: Sequence[torch.Tensor], rows: slice) -> None:
-            add_product(sums, dlogits[rows], x[rows])
+        def add(sums: Sequence[torch.Tensor], spans: Sequence[slice]) -> None:
+            device.add_products(sums, [dlogits], x, spans)
 
         gradients = fold(ctx.head, ctx.head.operands, ctx.packed, add)
-        return ctx.weights.input_gradient(dlogits), None, None, None, None, None, None, None, *gradients
+        return weights.input_gradient([dlogits]), None, None, None, None, None, None, None, *gradients
 
 
-def _all(weights: Snapshot, x: torch.Tensor, temperature: float, vocabulary: int) -> torch.Tensor:
-    return log_softmax(weights.product(x)[:, :vocabulary], temperature)
+def _logits(weights: Weights, x: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """[rows, vocabulary or, where the server pads it, more]."""
+    return weights.products(x, [vocabulary])[0]

@@ -1,0 +1,138 @@
+"""Causal attention on a card: forward the server's kernels over its pages, backward FlashAttention's gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from vllm_deterministic.integration.attention import CERTIFIED_CONTEXT, PAGE
+from vllm_deterministic.kernels.attention import certify, launch, tree
+from vllm_deterministic.kernels.attention.plan import Plan
+from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
+from vllm_deterministic.kernels.attention.store import store
+from vllm_deterministic.train.attention import Attention
+
+__all__ = ["CUDAAttention"]
+
+
+@dataclass
+class _Workspace:
+    """What layers of one shape use one after the other: certified kernels and pages."""
+
+    attention: launch.Attention
+    pages: torch.Tensor
+
+    @classmethod
+    def of(cls, size: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> _Workspace:
+        """Raises CertificationError where no schedule is on the tree."""
+        scratch = launch.Scratch.empty(heads.query, size, device)
+        attention = launch.Attention(tree.tree_for(size), heads, device, scratch)
+        certify.prepare(attention, dtype, CERTIFIED_CONTEXT)
+        return cls(attention, torch.empty(0, PAGE, heads.kv, 2 * size, dtype=dtype, device=device))
+
+    def cache(self, pages: int) -> launch.Cache:
+        """At least so many."""
+        if len(self.pages) < pages:
+            # Descriptors name the old pages, and would keep them.
+            self.attention._descriptors.clear()
+            self.pages = self.pages.new_empty(2 * pages, *self.pages.shape[1:])
+        size = self.attention.tree.head_size
+        return launch.Cache(self.pages[..., :size], self.pages[..., size:])
+
+
+_workspaces: dict[tuple[int, Heads, torch.dtype, torch.device], _Workspace] = {}
+
+
+class CUDAAttention(Attention):
+    """One step of a server that prefills all sequences at once; the server's answer does not depend on the step."""
+
+    @cached_property
+    def _workspace(self) -> _Workspace:
+        heads = Heads(self.heads, self.kv_heads, PAGE)
+        key = (self.size, heads, self.dtype, self.packed.device)
+        if key not in _workspaces:
+            _workspaces[key] = _Workspace.of(*key)
+        return _workspaces[key]
+
+    @cached_property
+    def _pages(self) -> list[int]:
+        return [-(-length // PAGE) for length in self.packed.lengths]
+
+    @cached_property
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor, Plan, Decode, Prefill | None]:
+        """Slots [rows], page table [sequences, pages], work lists and schedules."""
+        lengths, device = self.packed.lengths, self.packed.device
+        table = torch.zeros(len(lengths), max(self._pages), dtype=torch.int32)
+        slots, first = [], 0
+        for row, (length, pages) in enumerate(zip(lengths, self._pages, strict=True)):
+            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32)
+            slots.append(first * PAGE + torch.arange(length))
+            first += pages
+        attention, longest = self._workspace.attention, max(lengths)
+        decode, prefill = attention.schedules(len(lengths), longest)
+        plan = attention.plan(len(lengths), self.packed.rows, longest, decode, prefill)
+        keys = torch.tensor(lengths, dtype=torch.int32, device=device)
+        plan.fill(self._starts, keys, attention.tree.split, attention.tree.window)
+        return torch.cat(slots).to(device), table.to(device), plan, decode, prefill
+
+    @cached_property
+    def _starts(self) -> torch.Tensor:
+        """[sequences + 1] i32: first row of each, and the end."""
+        lengths = torch.tensor(self.packed.lengths, dtype=torch.int32)
+        return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(self.packed.device)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.contiguous().view(len(part), -1, self.size) for part in (q, k, v))
+        slots, table, plan, decode, prefill = self._step
+        cache = self._workspace.cache(sum(self._pages))
+        store(k, v, cache, slots)
+        out = torch.empty_like(q)
+        self._workspace.attention.run(launch.Batch(q, out, table, plan), cache, decode, prefill)
+        return out.view(len(out), -1)
+
+    def backward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In folding sequence by sequence: FlashAttention splits keys by how many sequences there are."""
+        if self.packed.folds is None:
+            return self._backward(q, k, v, dout, self._starts, max(self.packed.lengths))
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for rows, length in zip(self.packed.slices(), self.packed.lengths, strict=True):
+            starts = torch.tensor([0, length], dtype=torch.int32, device=q.device)
+            found = self._backward(q[rows], k[rows], v[rows], dout[rows], starts, length)
+            for gradient, part in zip(gradients, found, strict=True):
+                gradient[rows] = part
+        return gradients
+
+    def _backward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, starts: torch.Tensor, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """FlashAttention computes its own forward again, for the row sums that its backward needs."""
+        flash, how = torch.ops.aten, {"scale": self.scale}
+        q, k, v, dout = (part.view(len(part), -1, self.size) for part in (q, k, v, dout))
+        rows = (starts, starts, longest, longest)
+        with _deterministic():
+            out, sums, *random, _ = flash._flash_attention_forward(q, k, v, *rows, 0.0, True, False, **how)
+            found = flash._flash_attention_backward(dout, q, k, v, out, sums, *rows, 0.0, True, *random, **how)
+        dq, dk, dv = (part.reshape(len(part), -1) for part in found)
+        return dq, dk, dv
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """FlashAttention's backward without atomics, whatever the process has chosen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # where it is only to warn, FlashAttention warns
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
