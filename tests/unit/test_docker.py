@@ -262,8 +262,15 @@ def test_panels_do_not_overlap() -> None:
 
 def test_the_helm_values_ask_for_the_promise() -> None:
     engine = yaml.safe_load((DOCKER / "kubernetes/production-stack.yaml").read_text())["servingEngineSpec"]
-    assert {engine[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/deterministic"}
     assert all("--deterministic" in model["vllmConfig"]["extraArgs"] for model in engine["modelSpec"])
+    decode = yaml.safe_load((DOCKER / "kubernetes/llm-d.yaml").read_text())["decode"]
+    (container,) = decode["containers"]
+    assert "--deterministic" in container["args"]
+    for probed in (engine, container):
+        assert {probed[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/deterministic"}
+    # The user is the image's.
+    user = int(dict(instructions(DOCKER / "Dockerfile.cuda"))["USER"])
+    assert engine["securityContext"]["runAsUser"] == decode["podSecurityContext"]["runAsUser"] == user
 
 
 def test_the_manifest_follows_kubernetes_schema() -> None:
