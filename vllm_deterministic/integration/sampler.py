@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingType
+from vllm.v1.outputs import LogprobsTensors
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import DeterministicError
+from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs, compiled
 from vllm_deterministic.kernels.sampling.noise import noise_seed
 from vllm_deterministic.kernels.sampling.top import top_logprobs
 from vllm_deterministic.kernels.sampling.truncate import top_k_top_p_by_row
@@ -41,6 +44,8 @@ def arm() -> None:
     """Installs the seams in this worker process. Idempotent. Raises SeamError."""
     compat.install(compat.CPU_SEAMS["input_batch"], _noise_instead_of_generators)
     compat.install(compat.CPU_SEAMS["sampler"], lambda original: _sample)
+    compat.install(compat.CPU_SEAMS["chosen_logprobs"], _no_others)
+    compiled()
     compat.install(compat.CPU_SEAMS["top_logprobs"], _ties_by_token_id)
 
 
@@ -56,6 +61,30 @@ def _noise_instead_of_generators(add_request: Callable[..., int]) -> Callable[..
                 )
             self.generators[index] = RowNoise(request)
         return index
+
+    return wrapped
+
+
+def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the whole batch wants the chosen tokens' logprobs only, those alone are computed, from the same logits."""
+
+    @functools.wraps(forward)
+    def wrapped(
+        self: Any,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: Any = None,
+    ) -> Any:
+        metadata, mode = sampling_metadata, logprobs_mode_override or self.logprobs_mode
+        if metadata.max_num_logprobs != 0 or metadata.logprob_token_ids or mode != "raw_logprobs":
+            return forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
+        raw = logits.clone() if logits.dtype == torch.float32 else logits  # vLLM samples from f32 logits in place
+        metadata = dataclasses.replace(metadata, max_num_logprobs=None)
+        output = forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
+        logprobs, ranks = chosen_logprobs(raw, output.sampled_token_ids.squeeze(-1).long())
+        output.logprobs_tensors = LogprobsTensors(output.sampled_token_ids, logprobs.unsqueeze(-1), ranks)
+        return output
 
     return wrapped
 

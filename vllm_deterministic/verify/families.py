@@ -116,6 +116,26 @@ async def _prefix(ctx: Context) -> None:
             await ctx.session.ask(_salted(dataclasses.replace(probe, prompt=before, max_tokens=1), salt))
             await ctx.ask(case, condition, _salted(probe, salt))
 
+    if longest := await _longest(ctx):
+        case = ctx.case("longest prompt", ctx.probe("greedy", longest, max_tokens=tokens))
+        salt = _salt()
+        for condition in ("cold", "hit"):
+            await ctx.ask(case, condition, _salted(case.probe, salt))
+        await ctx.ask(case, "cold once more", _salted(case.probe, _salt()))
+
+
+async def _longest(ctx: Context) -> list[int]:
+    """A prompt of the level's longest length, as far as the context allows; empty where no token ids are known."""
+    if not ctx.can.salts or ctx.can.use_chat or ctx.can.max_model_len is None:
+        return []
+    room = min(ctx.level.longest, ctx.can.max_model_len - 2 * ctx.level.tokens)
+    whole = (room - 1) // LARGEST_PAGE * LARGEST_PAGE + 1
+    if whole <= LARGEST_PAGE:
+        return []
+    (answer, *_), _ = await ctx.session.ask(ctx.probe("greedy", ctx.text(60), max_tokens=1))
+    known = list(answer.prompt_token_ids)
+    return [*known, *ctx.rng.choices(known, k=whole)][:whole]
+
 
 async def _prefix_of_text(ctx: Context, kind: str, probe: Probe, rest: str) -> None:
     """Without salts a prompt is cold once only: another one is first met with half of it cached."""
@@ -211,9 +231,11 @@ async def _logprobs(ctx: Context) -> None:
 
 
 async def _scored(ctx: Context) -> None:
-    for kind in ctx.kinds[:2]:
-        probe = ctx.probe(kind, ctx.text(40), logprobs=0)
-        case = ctx.case(kind, probe, ignoring=("top_logprobs",))
+    asked: list[tuple[str, str, str | Sequence[int]]] = [(kind, kind, ctx.text(40)) for kind in ctx.kinds[:2]]
+    # In its long context a decoding step may cut the keys into other tiles than a prefill.
+    asked += [("longest prompt", "greedy", longest)] if (longest := await _longest(ctx)) else []
+    for name, kind, prompt in asked:
+        case = ctx.case(name, ctx.probe(kind, prompt, logprobs=0), ignoring=("top_logprobs",))
         (answer, *_) = await ctx.ask(case, "as generated")
         if not (answer.prompt_token_ids and answer.token_ids and answer.logprobs):
             ctx.cases.remove(case)
