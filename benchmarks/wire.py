@@ -37,7 +37,7 @@ from rich.table import Table
 from vllm_deterministic.verify.server import Server, serve
 
 CONCURRENT = 16
-TOKENS = 32
+TOKENS = 64
 OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "32", "--deterministic")
 WANTED: dict[str, dict[str, Any]] = {
     "nothing": {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ SAME = {
     "memory": case(VLLM_CPU_KVCACHE_SPACE="2"),
     "no prefix cache": case("--no-enable-prefix-caching"),
     "threads": case(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="3"),
+    "schedules": case(PYTHONPATH="@schedules"),
     "name and port": case("--served-model-name", "other"),  # each server has a port of its own
 }
 OTHER = {
@@ -85,9 +87,9 @@ OTHER = {
     "its override": case(
         "--override-generation-config", '{"top_k": 2}', parts="settings.generation_config", moves="seeded unseeded"
     ),
+    # Greedy logits are processed by nothing but a grammar, whose mask is in vLLM's raw logits already.
     "logprobs mode": case(
-        "--logprobs-mode", "processed_logprobs", parts="settings.logprobs_mode", moves="seeded unseeded held",
-        may="greedy chat",
+        "--logprobs-mode", "processed_logprobs", parts="settings.logprobs_mode", moves="seeded unseeded"
     ),
     "structured outputs": case(
         "--structured-outputs-config", '{"backend": "guidance"}', parts="settings.structured_outputs", may="held"
@@ -96,13 +98,29 @@ OTHER = {
 }  # fmt: skip
 
 
+# A plugin of vLLM that exists on one server's path: of the certified schedules it takes the largest number of rows in
+# every linear layer, and attends to one query at a time.
+SCHEDULES = """
+def plant():
+    from vllm_deterministic.kernels.attention import cpu as attention
+    from vllm_deterministic.kernels.gemm import cpu, rows
+    add = rows.add_schedule
+    rows.add_schedule = lambda product, n, k, found: add(product, n, k, cpu.RowSchedule((found.tile,) * found.tile))
+    attention.tokens_of_a_round = lambda *shape: 1
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A server as its client sees it. answers: token ids and the bits of their logprobs, by probe."""
+    """A server as its client sees it. answers: token ids and the bits of their logprobs, by probe.
+
+    certified: what GET /deterministic says of schedules; no part of what is compared.
+    """
 
     fingerprint: str
     parts: Mapping[str, Any]
     answers: Mapping[str, Any]
+    certified: Any = dataclasses.field(compare=False)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +152,11 @@ def folders(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
 
     base = make("base")
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    about = root / "schedules" / "other_schedules-0.dist-info"
+    about.mkdir(parents=True)
+    (root / "schedules" / "other_schedules.py").write_text(SCHEDULES)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-schedules\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nother_schedules = other_schedules:plant\n")
     (root / "template").write_text("{% for message in messages %}Q: {{ message.content }}\nA:{% endfor %}")
     return {
         "base": base,
@@ -143,6 +166,7 @@ def folders(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         "sampling": edited(base, "sampling", "generation_config.json", top_k=2, repetition_penalty=1.3),
         "tokenizer": edited(base, "tokenizer", "tokenizer.json", normalizer={"type": "Lowercase"}),
         "template": root / "template",
+        "schedules": root / "schedules",
     }
 
 
@@ -160,10 +184,13 @@ def see(servers: Any, folders: dict[str, Path], tmp_path_factory: pytest.TempPat
         options = [str(folders[option[1:]]) if option[0] == "@" else option for option in one.options]
         sizes = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", **one.env}
+        if "PYTHONPATH" in env:
+            path = [os.environ.get("PYTHONPATH", ""), str(folders[env["PYTHONPATH"][1:]])]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         # Of an option that is said twice the last one counts.
         with serve(folders[one.model], *sizes, *options, "--deterministic", env=env, log=logs / "log") as server:
             said = LiveServer(server.url).description()
-            return Seen(said["fingerprint"], said["parts"], asyncio.run(answers(server.endpoint)))
+            return Seen(said["fingerprint"], said["parts"], asyncio.run(answers(server.endpoint)), said["certified"])
 
     return seeing
 
@@ -175,7 +202,9 @@ def base(see: Callable[[Case], Seen]) -> Seen:
 
 @pytest.mark.parametrize("what", SAME)
 def test_what_changes_no_answer_changes_no_fingerprint(see: Callable[[Case], Seen], base: Seen, what: str) -> None:
-    assert see(SAME[what]) == base
+    seen = see(SAME[what])
+    assert seen == base
+    assert what != "schedules" or seen.certified != base.certified
 
 
 @pytest.mark.parametrize("what", OTHER)
