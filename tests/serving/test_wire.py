@@ -57,7 +57,11 @@ def test_every_answer_and_chunk_carries_the_fingerprint(servers, config):
     there = described(server)
     fingerprint = there["fingerprint"]
     assert there["parts"]["numerics.dtype"] == "bfloat16"
-    assert there["certified"]
+    assert there["parts"]["numerics_id"].startswith("v1-")
+    assert {"linear", "attention"} <= set(there["parts"]["numerics.trees"])
+    assert {shape["operator"] for shape in there["certified"]} == {"linear", "attention"}
+    assert there["versions"]["vllm_deterministic"]
+    assert "LoRA" in there["refused"]
     for ask in (completion, chat):
         assert ask(server).system_fingerprint == fingerprint
         for extra in ({}, {"stream_options": {"include_usage": True}}):
@@ -146,6 +150,10 @@ def test_metrics_count(servers, config):
             completion(server, extra_body={"deterministic": "maybe"})
 
     refused()  # a counter with labels shows nothing before its first
+    completion(server, max_tokens=1, extra_body={"deterministic": False})
+    declined = server.metric('vllm_deterministic_requests_total{asked="declined"}')
+    completion(server, max_tokens=1, extra_body={"deterministic": False})
+    assert server.metric('vllm_deterministic_requests_total{asked="declined"}') == declined + 1
     before = [server.metric(f"vllm_deterministic_{name}_total") for name in names]
     completion(server, extra_body=RECEIPT)
     refused()

@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from vllm_deterministic import policy
 from vllm_deterministic.errors import DeterministicError, UnsupportedError
 from vllm_deterministic.models import prepare_default_model
+from vllm_deterministic.serving.replay import find_receipt
 from vllm_deterministic.train import LiveServer, accumulate, deterministic_forward, logprobs
 from vllm_deterministic.verify.probes import Answer, Probe, ask
 from vllm_deterministic.verify.server import Server, serve
@@ -123,6 +124,7 @@ def test_an_update_in_place(server, model):
     ids, first = whole(before)
     with deterministic_forward(model):
         old = live.check(model)
+        weights = live.description()["parts"]["weights"]
         accumulate(model, ids, lambda i, scores: -scores.mean(), first)
         with torch.no_grad():
             kept = [parameter.clone() for parameter in model.parameters()]
@@ -142,6 +144,7 @@ def test_an_update_in_place(server, model):
         running.join()
         assert new != old
         assert_promised(server, new, instead_of=old)
+        assert live.description()["parts"]["weights"] != weights
 
         after = sampled(server)  # the same prompts: a cached prefix would carry the old weights
         ids, first = whole(after)
@@ -157,11 +160,15 @@ def test_an_update_in_place(server, model):
 
 
 def assert_promised(server: Server, fingerprint: str, instead_of: str) -> None:
-    """Answers carry the fingerprint, and whoever demands the former one is told."""
+    """Answers carry the fingerprint, receipts name the weights, and whoever demands the former ones is told."""
+    now = LiveServer(server.url).description()
     http = openai.DefaultHttpxClient(trust_env=False)
     with openai.OpenAI(base_url=server.base_url, api_key="x", max_retries=0, http_client=http) as client:
         request: Any = {"model": server.model, "prompt": "The", "max_tokens": 1}
-        assert client.completions.create(**request).system_fingerprint == fingerprint
+        answer = client.completions.create(**request, extra_body={"deterministic": {"receipt": True}})
+        receipt = find_receipt(answer.model_dump_json())
+        assert {answer.system_fingerprint, receipt.fingerprint, now["fingerprint"]} == {fingerprint}
+        assert receipt.parts["weights"] == now["parts"]["weights"]
         with pytest.raises(openai.ConflictError):
             client.completions.create(**request, extra_body={"deterministic": {"require": instead_of}})
 

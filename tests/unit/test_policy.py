@@ -33,6 +33,7 @@ def test_what_is_proved_is_served() -> None:
     [
         ("speculative_config", {"method": "ngram"}, "speculative decoding"),
         ("enable_lora", True, "LoRA"),
+        ("enable_sleep_mode", True, "--enable-sleep-mode"),
         ("quantization", "fp8", "quantised model"),
         ("kv_cache_dtype", "fp8", "quantised KV cache"),
         ("kv_transfer_config", {"kv_connector": "x"}, "KV connector"),
@@ -84,6 +85,7 @@ def test_a_card_of_another_family_and_another_executor() -> None:
         ("device", "xpu"),
         ("dtype", "float16"),
         ("architecture", "MixtralForCausalLM"),
+        ("architecture", "GptOssForCausalLM"),  # its prompts name the day, past every chat template
         ("runner", "pooling"),
         ("quantization", "awq"),
         ("is_moe", True),
