@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vllm import _custom_ops as ops
 from vllm_deterministic import compat
 from vllm_deterministic.kernels.attention import cpu
 
-__all__ = ["Shape", "arm", "certified", "one_sequence", "seconds"]
+__all__ = ["Shape", "arm", "certified", "certify_layers", "one_sequence", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,15 @@ def _in_rounds_of_one(build: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def certify_layers(groups: Iterable[Iterable[Any]]) -> None:
+    """Certifies the attention of a model runner's layers before the first request. Raises CertificationError."""
+    for group in itertools.chain.from_iterable(groups):
+        for builder in group.metadata_builders:
+            _round(builder)
+
+
 def _round(builder: Any) -> int:
-    """Query tokens of a round, certified before the first batch: that is vLLM's own warm-up."""
+    """Query tokens of a round."""
     shape = Shape(
         builder.isa,
         builder.num_heads,

@@ -24,6 +24,11 @@ class DeterministicCPUWorker(CPUWorker):
         weight_engine.arm()
         super().init_device()  # builds the sampler, which binds its functions
 
+    def compile_or_warm_up_model(self) -> Any:
+        # vLLM's warm-up attends to nothing: without this the first request would be the certification.
+        cpu_attention.certify_layers(self.model_runner.attn_groups)
+        return super().compile_or_warm_up_model()
+
     def deterministic_report(self) -> dict[str, Any]:
         """What only the worker knows of the fingerprint and of GET /deterministic."""
         return {
