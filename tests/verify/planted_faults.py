@@ -216,14 +216,15 @@ def _stream_rounding() -> None:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    make = LogprobsProcessor.from_new_request.__func__
+    make = LogprobsProcessor.from_new_request  # the seam that the plugin has put there
 
-    def from_new_request(cls: Any, tokenizer: Any, request: Any) -> Any:
-        made = make(cls, tokenizer, request)
+    @functools.wraps(make)
+    def from_new_request(tokenizer: Any, request: Any) -> Any:
+        made = make(tokenizer, request)
         made.streamed = request.sampling_params.output_kind == RequestOutputKind.DELTA
         return made
 
-    LogprobsProcessor.from_new_request = classmethod(from_new_request)
+    LogprobsProcessor.from_new_request = staticmethod(from_new_request)
 
     def update(original: Any, self: Any, lists: Any) -> None:
         original(self, lists._replace(logprobs=lists.logprobs.round(4)) if self.streamed else lists)
