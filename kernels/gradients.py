@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .norm.rms import tile
+
 __all__ = ["add_product", "norm_gradient", "silu_and_mul_gradient"]
 
 _ROWS = 64  # of a sequence in one step of the chain; a part of the order
@@ -52,8 +54,6 @@ def norm_gradient(
 
     dy: gradient of norm/rms.py's result, dtotal: of its sum. All [..., size], weight [size], on one card.
     """
-    from .norm.rms import tile
-
     size = x.shape[-1]
     operands = [None if t is None else t.contiguous() for t in (dy, dtotal, x, residual, weight)]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,8 +18,11 @@ __all__ = ["Attention"]
 class Attention(abc.ABC):
     """Attention over packed sequences, each from its own first token.
 
-    heads, kv_heads, size: of the model. dtype: the server's.
+    heads, kv_heads, size: of the model. dtype: the server's. The pages are laid out as in a server that prefills all
+    sequences in one step, one after the other; the server's answer does not depend on the step.
     """
+
+    page: ClassVar[int]  # slots of the server's KV-cache page
 
     packed: Packed
     heads: int
@@ -33,6 +37,40 @@ class Attention(abc.ABC):
     @property
     def scale(self) -> float:
         return float(self.size**-0.5)
+
+    @cached_property
+    def pages(self) -> list[int]:
+        """Of each sequence."""
+        return [-(-length // self.page) for length in self.packed.lengths]
+
+    @cached_property
+    def block_table(self) -> torch.Tensor:
+        """[sequences, pages] i32: each sequence's pages, zeros behind them."""
+        table = torch.zeros(len(self.pages), max(self.pages), dtype=torch.int32)
+        first = 0
+        for row, pages in enumerate(self.pages):
+            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32)
+            first += pages
+        return table.to(self.packed.device)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[rows] i64: where each row's key and value are kept."""
+        slots, first = [], 0
+        for length, pages in zip(self.packed.lengths, self.pages, strict=True):
+            slots.append(first * self.page + torch.arange(length))
+            first += pages
+        return torch.cat(slots).to(self.packed.device)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """[sequences] i32: rows of each."""
+        return torch.tensor(self.packed.lengths, dtype=torch.int32).to(self.packed.device)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """[sequences + 1] i32: first row of each, and the end."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     @abc.abstractmethod
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

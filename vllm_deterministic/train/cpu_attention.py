@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -18,43 +17,18 @@ PAGE = 128  # the server's KV-cache page
 
 
 class CPUAttention(Attention):
-    """The pages are laid out as in a server that prefills all sequences in one step; the server's answer does not
-    depend on the step."""
+    page = PAGE
 
     @cached_property
     def isa(self) -> str:
         return str(_get_attn_isa(self.dtype, PAGE, self.size, "auto"))
 
     @cached_property
-    def _pages(self) -> Sequence[int]:
-        return [-(-length // PAGE) for length in self.packed.lengths]
-
-    @cached_property
-    def _block_table(self) -> torch.Tensor:
-        table = torch.zeros(len(self._pages), max(self._pages), dtype=torch.int32)
-        first = 0
-        for row, pages in enumerate(self._pages):
-            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32)
-            first += pages
-        return table
-
-    @cached_property
-    def _slots(self) -> torch.Tensor:
-        slots = []
-        first = 0
-        for length, pages in zip(self.packed.lengths, self._pages, strict=True):
-            slots.append(first * PAGE + torch.arange(length))
-            first += pages
-        return torch.cat(slots)
-
-    @cached_property
     def _requests(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Starts [requests + 1], lengths and rows of the block table, as the server's attention is asked: in rounds."""
-        lengths = torch.tensor(self.packed.lengths, dtype=torch.int32)
-        starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         most = cpu.tokens_of_a_round(self.isa, self.heads, self.kv_heads)
-        starts, lengths, owner = cpu.pieces(starts, lengths, most)
-        return starts, lengths, self._block_table[owner]
+        starts, lengths, owner = cpu.pieces(self.starts, self.lengths, most)
+        return starts, lengths, self.block_table[owner]
 
     @cached_property
     def _schedule(self) -> torch.Tensor:
@@ -75,9 +49,9 @@ class CPUAttention(Attention):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.view(len(part), -1, self.size) for part in (q, k, v))
-        cache = q.new_zeros(sum(self._pages), self.kv_heads, 2 * PAGE, self.size)
+        cache = q.new_zeros(sum(self.pages), self.kv_heads, 2 * PAGE, self.size)
         keys, values = cache.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(k, v, keys, values, self._slots, self.isa)
+        ops.cpu_attn_reshape_and_cache(k, v, keys, values, self.slots, self.isa)
         starts, lengths, table = self._requests
         out = torch.empty(q.shape, dtype=q.dtype)
         ops.cpu_attention_with_kv_cache(

@@ -49,7 +49,7 @@ _workspaces: dict[tuple[int, Heads, torch.dtype, torch.device], _Workspace] = {}
 
 
 class CUDAAttention(Attention):
-    """One step of a server that prefills all sequences at once; the server's answer does not depend on the step."""
+    page = PAGE
 
     @cached_property
     def _workspace(self) -> _Workspace:
@@ -60,39 +60,21 @@ class CUDAAttention(Attention):
         return _workspaces[key]
 
     @cached_property
-    def _pages(self) -> list[int]:
-        return [-(-length // PAGE) for length in self.packed.lengths]
-
-    @cached_property
-    def _step(self) -> tuple[torch.Tensor, torch.Tensor, Plan, Decode, Prefill | None]:
-        """Slots [rows], page table [sequences, pages], work lists and schedules."""
-        lengths, device = self.packed.lengths, self.packed.device
-        table = torch.zeros(len(lengths), max(self._pages), dtype=torch.int32)
-        slots, first = [], 0
-        for row, (length, pages) in enumerate(zip(lengths, self._pages, strict=True)):
-            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32)
-            slots.append(first * PAGE + torch.arange(length))
-            first += pages
-        attention, longest = self._workspace.attention, max(lengths)
-        decode, prefill = attention.schedules(len(lengths), longest)
-        plan = attention.plan(len(lengths), self.packed.rows, longest, decode, prefill)
-        keys = torch.tensor(lengths, dtype=torch.int32, device=device)
-        plan.fill(self._starts, keys, attention.tree.split, attention.tree.window)
-        return torch.cat(slots).to(device), table.to(device), plan, decode, prefill
-
-    @cached_property
-    def _starts(self) -> torch.Tensor:
-        """[sequences + 1] i32: first row of each, and the end."""
-        lengths = torch.tensor(self.packed.lengths, dtype=torch.int32)
-        return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(self.packed.device)
+    def _step(self) -> tuple[Plan, Decode, Prefill | None]:
+        """Work lists and schedules."""
+        attention, longest = self._workspace.attention, max(self.packed.lengths)
+        decode, prefill = attention.schedules(len(self.packed.lengths), longest)
+        plan = attention.plan(len(self.packed.lengths), self.packed.rows, longest, decode, prefill)
+        plan.fill(self.starts, self.lengths, attention.tree.split, attention.tree.window)
+        return plan, decode, prefill
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.contiguous().view(len(part), -1, self.size) for part in (q, k, v))
-        slots, table, plan, decode, prefill = self._step
-        cache = self._workspace.cache(sum(self._pages))
-        store(k, v, cache, slots)
+        plan, decode, prefill = self._step
+        cache = self._workspace.cache(sum(self.pages))
+        store(k, v, cache, self.slots)
         out = torch.empty_like(q)
-        self._workspace.attention.run(launch.Batch(q, out, table, plan), cache, decode, prefill)
+        self._workspace.attention.run(launch.Batch(q, out, self.block_table, plan), cache, decode, prefill)
         return out.view(len(out), -1)
 
     def backward(
@@ -100,7 +82,7 @@ class CUDAAttention(Attention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """In folding sequence by sequence: FlashAttention splits keys by how many sequences there are."""
         if self.packed.folds is None:
-            return self._backward(q, k, v, dout, self._starts, max(self.packed.lengths))
+            return self._backward(q, k, v, dout, self.starts, max(self.packed.lengths))
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for rows, length in zip(self.packed.slices(), self.packed.lengths, strict=True):
             starts = torch.tensor([0, length], dtype=torch.int32, device=q.device)
