@@ -159,6 +159,23 @@ def test_deep_goes_on_until_enough_tokens_were_compared() -> None:
     assert len({case.prompt for case in family(report, "repeat").cases}) == 9, "each round asks something new"
 
 
+def test_rounds_at_once_ask_what_rounds_in_turn_ask() -> None:
+    """A first round by itself and two at once; each counts its own requests, of 3 kinds x 8 answers x 96 tokens."""
+    asked = {"level": "deep", "families": ("repeat",), "tokens": 3 * 3 * 8 * 96}
+    in_turn, at_once = run(Designed(), **{**asked, "tokens": 2 * 3 * 8 * 96}), run(Designed(), parallel=2, **asked)
+    assert (at_once.verdict, at_once.partial, at_once.most_in_flight) == ("same", False, 2)
+    assert any("2 were asked at once" in note for note in at_once.notes)
+    cases, more = ({(case.prompt, case.runs) for case in family(one, "repeat").cases} for one in (in_turn, at_once))
+    assert cases <= more
+    assert family(at_once, "repeat").requests == 8 * len(more)
+
+
+def test_rounds_at_once_find_what_differs_and_are_bounded_together() -> None:
+    behaviour = Designed(defect="neighbours", seconds=0.05)
+    report = run(behaviour, level="deep", families=("repeat",), parallel=3, max_requests=60)
+    assert (report.verdict, report.partial, report.requests) == ("differs", True, 60)
+
+
 def test_deep_ends_where_nothing_can_be_compared() -> None:
     report = run(Designed(), level="deep", families=("scored",))
     assert (report.verdict, report.partial) == ("could not tell", False)
@@ -220,6 +237,7 @@ def test_mistakes_say_what_to_change() -> None:
         ({"families": ("batches",)}, "'batches' does not exist: repeat"),
         ({"families": ("against",)}, "--against URL2"),
         ({"max_requests": 0}, "--max-requests 0"),
+        ({"parallel": 2}, "--level deep"),
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, object], said: str) -> None:

@@ -41,6 +41,7 @@ def _add_verify(subparsers: Any) -> None:
     parser.add_argument("--max-requests", type=int, metavar="N")
     parser.add_argument("--max-seconds", type=float, metavar="S")
     parser.add_argument("--tokens", type=int, metavar="N", help="deep: compare this many tokens (default 1,000,000)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="deep: ask N rounds at once (default 1)")
     parser.add_argument("--seed", type=int, help="of the prompts, neighbours and order (default: a fresh one)")
     parser.add_argument("--fail-fast", action="store_true", help="end at the first difference")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -104,6 +105,7 @@ def verify(args: argparse.Namespace) -> int:
         max_requests=args.max_requests,
         max_seconds=args.max_seconds,
         tokens=args.tokens,
+        parallel=args.parallel,
         timeout=args.timeout,
         seed=args.seed,
         fail_fast=args.fail_fast,

@@ -240,7 +240,7 @@ async def _scored(ctx: Context) -> None:
         if not (answer.prompt_token_ids and answer.token_ids and answer.logprobs):
             ctx.cases.remove(case)
             raise CannotTell("the endpoint sends no token ids, or no logprobs")
-        ctx.session.counts.requests += 1
+        ctx.session.sent()
         try:
             read = await score(ctx.session.endpoint, answer.prompt_token_ids, answer.token_ids)
         except Exception as error:  # whatever the form of the no
@@ -257,7 +257,8 @@ async def _choices(ctx: Context) -> None:
     cases[0].siblings = cases[1:]
     got = await ctx.ask(cases[0], "alone")
     if len(got) != 3:
-        del ctx.cases[-3:]
+        for case in cases:
+            ctx.cases.remove(case)
         raise CannotTell(f"asked for three choices, the endpoint sent {len(got)}")
     await ctx.ask(cases[0], "alone")
     for crowd in (3, 7):

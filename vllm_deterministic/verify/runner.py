@@ -30,7 +30,8 @@ class Plan:
 
     url, against: base URLs of OpenAI endpoints. model: needed where an endpoint serves several.
     families: names of those to run; all by default. require: names of those without which the verdict cannot be
-    "same"; ("all",) for all that run. tokens: compared tokens after which `deep` ends.
+    "same"; ("all",) for all that run. tokens: compared tokens after which `deep` ends. parallel: rounds of `deep` asked
+    at once, once the first has been asked by itself; what is called alone in them has the other rounds' company.
     seed: of the prompts, the neighbours and the order; a fresh one by default. fail_fast: end at the first difference.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     max_requests: int | None = None
     max_seconds: float | None = None
     tokens: int | None = None
+    parallel: int = 1
     timeout: float = 600.0
     retries: int = 8
     seed: int | None = None
@@ -58,10 +60,12 @@ class Plan:
         for name in (*(self.families or ()), *(() if self.require == ("all",) else self.require or ())):
             if name not in names:
                 raise ConfigurationError(f"probe family {name!r} does not exist: {', '.join(names)}")
-        for option in ("max_requests", "max_seconds", "tokens"):
+        for option in ("max_requests", "max_seconds", "tokens", "parallel"):
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"--{option.replace('_', '-')} {value:g} leaves nothing to ask: more than 0")
+        if self.parallel > 1 and not LEVELS[self.level].until_tokens:
+            raise ConfigurationError(f"--parallel {self.parallel}: only --level deep has more than one round")
         if self.families and "against" in self.families and self.against is None:
             raise ConfigurationError("the family 'against' needs a second endpoint: --against URL2")
 
@@ -85,13 +89,19 @@ class Progress:
     """One family's state while and after it runs."""
 
     family: Family
-    state: str = "waiting"  # waiting, running, done
+    running: int = 0  # rounds that ask it now
+    ended: int = 0
     cases: list[Case] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     complete: bool = False
     seconds: float = 0.0
     requests: int = 0
+
+    @property
+    def state(self) -> str:
+        """waiting, running or done."""
+        return "running" if self.running else "done" if self.ended else "waiting"
 
     def result(self) -> FamilyResult:
         cases = [case_result(case) for case in self.cases if case.observations]
@@ -135,7 +145,7 @@ class Run:
         self.seed = random.SystemRandom().randrange(2**31) if plan.seed is None else plan.seed
         self.counts = Counts()
         self.progress = [Progress(family) for family in plan.chosen]
-        self.round = 0
+        self.begun = self.round = 0  # rounds begun and completed
         self.partial = True
         self.notes: list[str] = []
         self.can: Capabilities | None = None
@@ -194,29 +204,44 @@ class Run:
 
     async def _rounds(self) -> None:
         target = (self.plan.tokens or self.level.until_tokens) if self.level.until_tokens else 0
-        while True:
-            before = self.counts.compared
-            for progress in self.progress:
-                await self._family(progress)
-                self._finished(self)
-            self.round += 1
-            # A round that compared nothing would be followed by another one like it.
-            if self.counts.compared >= target or self.counts.compared == before:
-                return
 
-    async def _family(self, progress: Progress) -> None:
+        async def further() -> None:
+            # A round that compared nothing would be followed by another one like it.
+            while self.counts.compared < target and await self._round():
+                pass
+
+        if not await self._round():
+            return
+        tasks = [asyncio.create_task(further()) for _ in range(self.plan.parallel)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _round(self) -> bool:
+        """Every family once; whether anything was compared meanwhile."""
+        number, before = self.begun, self.counts.compared
+        self.begun += 1
+        for progress in self.progress:
+            await self._family(progress, number)
+            self._finished(self)
+        self.round += 1
+        return self.counts.compared > before
+
+    async def _family(self, progress: Progress, number: int) -> None:
         assert self.session is not None
         assert self.can is not None
         if progress.reasons:
             return  # an earlier round has shown that it cannot tell
         # A family's requests do not depend on which other families run.
-        rng = random.Random(f"{self.seed}/{self.round}/{progress.family.name}")
-        ctx = Context(
-            self.session, self.can, self.level, rng, self.other, self.plan.fail_fast, lambda: self._moved(self)
-        )
+        rng = random.Random(f"{self.seed}/{number}/{progress.family.name}")
+        session, other = self.session.counting(progress), self.other.counting(progress) if self.other else None
+        ctx = Context(session, self.can, self.level, rng, other, self.plan.fail_fast, lambda: self._moved(self))
         ctx.cases = progress.cases
-        progress.state = "running"
-        start, before = time.monotonic(), self.counts.requests
+        progress.running += 1
+        start = time.monotonic()
         try:
             await progress.family.run(ctx)
             progress.complete = True
@@ -225,9 +250,9 @@ class Run:
             if isinstance(error, Broken):
                 await self._still_there(progress)
         finally:
-            progress.state = "done"
+            progress.running -= 1
+            progress.ended += 1
             progress.seconds += time.monotonic() - start
-            progress.requests += self.counts.requests - before
             progress.notes += [note for note in ctx.notes if note not in progress.notes]
             self._tell()
 
@@ -252,6 +277,11 @@ class Run:
         timed = [case for one in self.progress if one.family.name in ("batch", "against") for case in one.cases]
         facts = self.can.facts(self.session.endpoint)
         notes = [*self.notes]
+        if self.plan.parallel > 1:
+            notes.append(
+                f"After the first round, {self.plan.parallel} were asked at once: what is called alone in them had the "
+                "others' company."
+            )
         if not facts.logprobs:
             notes.append(
                 "The endpoint sends no logprobs: texts alone were compared, which show a defect late or never."
@@ -330,7 +360,7 @@ def verify(url: str, **options: object) -> Report:
     """Asks the OpenAI endpoint at `url` whether it is deterministic, and returns the report.
 
     options: the fields of `Plan`: model, api_key, level ("quick", "standard", "deep"), against, families, require,
-    max_requests, max_seconds, tokens, timeout, retries, seed, fail_fast.
+    max_requests, max_seconds, tokens, parallel, timeout, retries, seed, fail_fast.
     Raises EndpointError (wrong URL, key or model) or ConfigurationError. An interrupted run returns a partial report.
     """
     return asyncio.run(verify_async(url, **options))

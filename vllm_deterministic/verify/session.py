@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import openai
 
@@ -15,6 +17,7 @@ from vllm_deterministic.errors import DeterministicError
 from vllm_deterministic.verify.probes import Answer, Endpoint, Probe, ask, hang_up
 
 __all__ = [
+    "Asker",
     "BoundReached",
     "Bounds",
     "Broken",
@@ -82,6 +85,12 @@ class Counts:
     most_in_flight: int = 0
 
 
+class Asker(Protocol):
+    """On whose behalf requests are sent."""
+
+    requests: int
+
+
 class Session:
     """A client of one endpoint, for `async with`. `moved` is called whenever a request has come back."""
 
@@ -90,7 +99,20 @@ class Session:
     ) -> None:
         self.endpoint, self.bounds, self.counts, self.label = endpoint, bounds, counts, label
         self.client = endpoint.client()
+        self.asker: Asker | None = None
         self._moved = moved
+
+    def counting(self, asker: Asker) -> Session:
+        """The same session, whose requests count as those of `asker` too."""
+        one = copy.copy(self)
+        one.asker = asker
+        return one
+
+    def sent(self) -> None:
+        """Counts a request."""
+        self.counts.requests += 1
+        if self.asker is not None:
+            self.asker.requests += 1
 
     async def __aenter__(self) -> Session:
         return self
@@ -107,7 +129,7 @@ class Session:
         wait = FIRST_WAIT
         for attempt in range(self.bounds.retries + 1):
             self._check_bounds()
-            self.counts.requests += 1
+            self.sent()
             self.counts.in_flight += 1
             self.counts.most_in_flight = max(self.counts.most_in_flight, self.counts.in_flight)
             start = time.perf_counter()
