@@ -153,6 +153,7 @@ class Run:
         self.session: Session | None = None
         self.other: Session | None = None
         self._moved, self._finished = moved, finished
+        self._target = (plan.tokens or self.level.until_tokens) if self.level.until_tokens else 0
         self._bounds = Bounds(plan.max_requests, plan.max_seconds, plan.retries)
         self._started, self._clock = datetime.now(UTC), time.monotonic()
 
@@ -203,11 +204,11 @@ class Run:
         return session, await discover(session, server, length)
 
     async def _rounds(self) -> None:
-        target = (self.plan.tokens or self.level.until_tokens) if self.level.until_tokens else 0
+        """A whole round by itself; where a target is set, as many at once as planned until it is reached."""
 
         async def further() -> None:
             # A round that compared nothing would be followed by another one like it.
-            while self.counts.compared < target and await self._round():
+            while self.counts.compared < self._target and await self._round():
                 pass
 
         if not await self._round():
@@ -221,10 +222,14 @@ class Run:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _round(self) -> bool:
-        """Every family once; whether anything was compared meanwhile."""
+        """Every family once, or as many as the target takes; whether anything was compared meanwhile."""
         number, before = self.begun, self.counts.compared
         self.begun += 1
-        for progress in self.progress:
+        # Rounds that are asked at once begin with different families.
+        first = number % len(self.progress)
+        for progress in (*self.progress[first:], *self.progress[:first]):
+            if number and self.counts.compared >= self._target:
+                return True
             await self._family(progress, number)
             self._finished(self)
         self.round += 1
