@@ -282,7 +282,7 @@ class Run:
         timed = [case for one in self.progress if one.family.name in ("batch", "against") for case in one.cases]
         facts = self.can.facts(self.session.endpoint)
         notes = [*self.notes]
-        if self.plan.parallel > 1:
+        if self.begun > 1 and self.plan.parallel > 1:
             notes.append(
                 f"After the first round, {self.plan.parallel} were asked at once: what is called alone in them had the "
                 "others' company."
