@@ -36,6 +36,18 @@ def _plan(
     # Even pieces: as many per sequence as its share of the slots, so there are at most slots + batch of them.
     share = tl.maximum((tl.sum(splits, 0) + slots - 1) // slots, 1)
     pieces = tl.where(few, tl.maximum(splits // share, 1), 0)
+    # That is rounded down: of 4 x 63 splits, 16 slots get 4 x 3 pieces of 21. Taken instead, where there is one: the
+    # shortest length that is no longer than these pieces and leaves no more pieces than slots (there, 16).
+    length = share
+    longest = tl.max((splits + pieces - 1) // tl.maximum(pieces, 1), 0)
+    while length < longest:
+        middle = (length + longest) // 2
+        fits = tl.sum((splits + middle - 1) // middle, 0) <= slots
+        length = tl.where(fits, length, middle + 1)
+        longest = tl.where(fits, middle, longest)
+    cut = (splits + length - 1) // length
+    if tl.sum(cut, 0) <= slots:
+        pieces = cut
     if tl.sum(tl.where(pieces > 1, splits, 0), 0) > capacity:
         pieces = tl.minimum(pieces, 1)
     length = tl.maximum((splits + pieces - 1) // tl.maximum(pieces, 1), 1)

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
+from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
 from vllm_deterministic.kernels.attention.reference import exact, follow  # noqa: E402
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill  # noqa: E402
 from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
@@ -106,6 +107,26 @@ def test_many_splits_are_combined_to_the_bits_of_one_piece(splits: int) -> None:
     batch, sinks = [(16 * splits - 3, 2), (40, 1)], torch.linspace(-1, 2, 2)
     cut, whole = (run(tree, heads, batch, Decode("decode"), Prefill("prefill"), sinks, slots)[0] for slots in (120, 1))
     assert all(map(torch.equal, cut, whole))
+
+
+@pytest.mark.parametrize(
+    ("splits", "slots", "longest"),
+    [
+        ([63] * 4, 16, 16),  # in thirds they would take 21 turns, and a quarter of the slots idle
+        ([32] * 5, 16, 11),
+        ([256], 16, 16),
+        ([1] * 15 + [256], 16, 18),  # no more pieces than slots would leave the long one whole
+        ([20] * 9, 4, 20),
+    ],
+)
+def test_pieces_hold_every_split_once_and_are_evenly_long(splits: list[int], slots: int, longest: int) -> None:
+    n = len(splits)
+    plan = Plan.empty(n, n, few=1, block=16, slots=slots, capacity=4096, device="cpu")
+    plan.fill(torch.arange(n + 1, dtype=torch.int32), torch.tensor(splits, dtype=torch.int32) * 64 - 5, 64, 0)
+    pieces = plan.pieces[: int(plan.counts[0])]
+    held = [[b, split] for b, first, end in pieces[:, :3].tolist() for split in range(first, end)]
+    assert sorted(held) == [[b, split] for b, count in enumerate(splits) for split in range(count)]
+    assert int((pieces[:, 2] - pieces[:, 1]).max()) == longest
 
 
 def test_a_wrong_window_is_seen() -> None:
