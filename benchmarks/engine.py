@@ -1,17 +1,21 @@
 """Price of `--deterministic` on a GPU: one card, one run, three whole engines alive side by side that take turns.
 
 The model has the shape of its configuration and random weights with which the text varies. Each engine is a process
-of its own with the same room for its KV cache; while one works, the others wait. Work is given in short turns, the
-order of the engines changes every round, and a ratio is the median of the rounds' ratios with its 95 % bootstrap
-interval.
+of its own with the same room for its KV cache; while one works, the others wait. Work is given in short turns; every
+turn draws the order of the engines anew, and a ratio is the median of the turns' ratios with its 95 % bootstrap
+interval. Each kind of work comes up in every visit, some turns in a row, so that long prefixes stay in the cache.
 
-usage: benchmarks/engine.py MODEL_FOLDER [--rounds 9] [--sides default ours vllm-mode]
+With --layers the engines are that much shorter and do only the work whose KV cache would not fit twice otherwise; its
+points join those that the file has.
+
+usage: benchmarks/engine.py MODEL_FOLDER [--visits 3] [--sides default ours vllm-mode] [--layers N]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import multiprocessing
 import os
 import random
@@ -21,6 +25,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,15 +40,17 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "vllm-mode": ({"attention_backend": "FLASH_ATTN"}, {"VLLM_BATCH_INVARIANT": "1"}),
 }
 DECODE_TOKENS = 48
-# name -> (kind, numbers): what one turn does.
-WORK: dict[str, tuple[str, tuple[int, ...]]] = {
+Work = dict[str, tuple[str, tuple[int, ...]]]  # name -> (kind, numbers): what one turn does
+WORK: Work = {
     **{f"decode, {n} sequences": ("decode", (n,)) for n in (1, 2, 8, 32, 64, 128, 256)},
     "prefill, 8 x 4096 tokens": ("prefill", (8, 4096)),
     **{f"decode at {n // 1000}k context, {b} sequences": ("context", (n, b)) for n in (8000, 32000) for b in (1, 4)},
     "decode at 8k context, 16 sequences": ("context", (8000, 16)),
     "1000 prompts of about 60 tokens, 100 tokens each": ("many", (1000,)),
 }
-SELDOM = ("many",)  # takes seconds: every fifth round
+LONG: Work = {"decode at 32k context, 16 sequences": ("context", (32000, 16))}
+TURNS = 3  # of a kind of work in a visit
+ONCE = ("many", "vllm-mode")  # work and sides that take long: one turn in a visit
 
 
 def fill(self: object, model: Any, model_config: object) -> None:
@@ -62,7 +69,7 @@ def fill(self: object, model: Any, model_config: object) -> None:
 class Engine:
     """One vLLM in this process. Each kind of work returns seconds."""
 
-    def __init__(self, folder: str, options: dict[str, Any], gigabytes: float) -> None:
+    def __init__(self, folder: str, options: dict[str, Any], gigabytes: float, layers: int | None) -> None:
         import vllm.model_executor.model_loader.dummy_loader as dummy_loader
 
         dummy_loader.DummyModelLoader.load_weights = fill  # type: ignore[method-assign,assignment]
@@ -72,7 +79,8 @@ class Engine:
         began = time.perf_counter()
         self.llm = LLM(
             folder, load_format="dummy", max_model_len=36864, max_num_seqs=256, seed=0, disable_log_stats=True,
-            kv_cache_memory_bytes=self.cache_bytes, gpu_memory_utilization=0.3, **options,
+            kv_cache_memory_bytes=self.cache_bytes, gpu_memory_utilization=0.3,
+            hf_overrides={"num_hidden_layers": layers} if layers else {}, **options,
         )  # fmt: skip
         self.start_seconds = time.perf_counter() - began
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
@@ -121,7 +129,7 @@ class Engine:
         return self._seconds(prompts, [rng.randrange(90, 111) for _ in range(requests)])
 
 
-def serve(connection: Connection, folder: str, side: str, gigabytes: float, log: str) -> None:
+def serve(connection: Connection, folder: str, side: str, gigabytes: float, layers: int | None, log: str) -> None:
     """The body of an engine's process: answers (kind, seed, numbers) with seconds until it is sent None."""
     options, environment = SIDES[side]
     os.environ.update(environment, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CACHE_ROOT=f"{log}.cache")
@@ -129,7 +137,7 @@ def serve(connection: Connection, folder: str, side: str, gigabytes: float, log:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
     try:
-        engine = Engine(folder, options, gigabytes)
+        engine = Engine(folder, options, gigabytes, layers)
         connection.send(engine.start_seconds)
         while (asked := connection.recv()) is not None:
             kind, seed, numbers = asked
@@ -148,55 +156,80 @@ def tokens_of(kind: str, numbers: tuple[int, ...]) -> int:
     ]
 
 
-def one_round(engines: dict[str, Connection], turn: int, seconds: dict[str, list[dict[str, float]]]) -> None:
-    """Every piece of work on every engine, into `seconds`; turn -1 warms up and is not kept."""
-    for what, (kind, numbers) in WORK.items():
-        if kind in SELDOM and turn % 5:
+def visit(
+    engines: dict[str, Connection], work: Work, number: int, turns: dict[str, list[dict[str, float]]]
+) -> Iterator[str]:
+    """Every piece of work on every engine, seconds into `turns`; visit -1 warms up, is short and is not kept."""
+    for what, (kind, numbers) in work.items():
+        if number < 0 and (kind in ONCE or sum(numbers) > 9000):
             continue
-        found = {}
-        for name in list(engines) if turn % 2 else list(engines)[::-1]:
-            # The same prompts for every engine; new ones each round, so that no prefix is found in the cache.
-            engines[name].send((kind, f"{what}/{turn}", numbers))
-            found[name] = engines[name].recv()
-        if turn >= 0:
-            seconds[what].append(found)
+        for turn in range(1 if number < 0 or kind in ONCE else TURNS):
+            # The same prompts for every engine; new ones each turn, so that no prefix is found in the cache.
+            seed = f"{what}/{number}/{turn}"
+            sides = [name for name in engines if turn == 0 or name not in ONCE]
+            random.Random(seed).shuffle(sides)
+            found = {}
+            for name in sides:
+                engines[name].send((kind, seed, numbers))
+                found[name] = engines[name].recv()
+            if number >= 0:
+                turns[what].append(found)
+        yield what
 
 
-def points(seconds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+def points(work: Work, seconds: dict[str, list[dict[str, float]]], suffix: str) -> list[dict[str, Any]]:
     found = []
-    for what, rounds in seconds.items():
-        work = tokens_of(*WORK[what])
-        for peer in [name for name in SIDES if name != OURS and name in rounds[0]]:
-            ratios = [turn[peer] / turn[OURS] for turn in rounds]
+    for what, turns in seconds.items():
+        size = tokens_of(*work[what])
+        for peer in [name for name in SIDES if name != OURS]:
+            both = [turn for turn in turns if peer in turn]
+            if not both:
+                continue
+            ratios = [turn[peer] / turn[OURS] for turn in both]
             low, high = interval(ratios)
-            rate = {name: work / statistics.median(turn[name] for turn in rounds) for name in (peer, OURS)}
+            rate = {name: size / statistics.median(turn[name] for turn in both) for name in (peer, OURS)}
             found.append(
                 {
-                    "what": what, "unit": "tokens/s", "name": peer, "peer": round(rate[peer], 1),
+                    "what": what + suffix, "unit": "tokens/s", "name": peer, "peer": round(rate[peer], 1),
                     "ours": round(rate[OURS], 1), "ratio": round(statistics.median(ratios), 3),
-                    "low": round(low, 3), "high": round(high, 3), "rounds": len(ratios),
+                    "low": round(low, 3), "high": round(high, 3), "turns": len(ratios),
                 }
             )  # fmt: skip
     return found
 
 
-def write_report(
-    report: dict[str, Any], seconds: dict[str, list[dict[str, float]]], tokens: dict[str, float], path: Path
-) -> None:
+def room_points(tokens: dict[str, float]) -> list[dict[str, Any]]:
     """tokens: of KV cache that fit, of each engine."""
-    found = points(seconds)
-    for peer in [side for side in tokens if side != OURS]:
-        fit = {"peer": round(tokens[peer]), "ours": round(tokens[OURS]), "ratio": round(tokens[OURS] / tokens[peer], 3)}
-        found.append({"what": "KV-cache tokens that fit in 0.9 of the card", "unit": "tokens", "name": peer, **fit})
-    write(path, {**report, "points": found, "seconds": seconds})
+    what = "KV-cache tokens that fit in 0.9 of the card"
+    return [
+        {
+            "what": what, "unit": "tokens", "name": peer, "peer": round(tokens[peer]), "ours": round(tokens[OURS]),
+            "ratio": round(tokens[OURS] / tokens[peer], 3),
+        }
+        for peer in tokens
+        if peer != OURS
+    ]  # fmt: skip
+
+
+def save(path: Path, report: dict[str, Any], found: list[dict[str, Any]], seconds: dict[str, Any], join: bool) -> None:
+    """Writes the report; with `join` its points, and how they were measured, join the report that is there."""
+    if not join:
+        write(path, {**report, "points": found, "seconds": seconds})
+        return
+    whole = json.loads(path.read_text())
+    names = {point["what"] for point in found}
+    whole["points"] = [point for point in whole["points"] if point["what"] not in names] + found
+    whole["joined"] = {**report, "seconds": seconds}
+    write(path, whole)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder with a configuration; weights are made up")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--visits", type=int, default=3, help=f"of each kind of work, {TURNS} turns each")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--gigabytes", type=float, default=22, help="of KV cache for each engine")
+    parser.add_argument("--layers", type=int, help="of the model; only the work with the largest KV cache is done")
     parser.add_argument("--logs", default=".cache/engine-logs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     args = parser.parse_args()
@@ -210,7 +243,7 @@ def main() -> None:
 
     for side in args.sides:
         engines[side], theirs = context.Pipe()
-        body = (theirs, args.model, side, args.gigabytes, f"{args.logs}/{side}.log")
+        body = (theirs, args.model, side, args.gigabytes, args.layers, f"{args.logs}/{side}.log")
         processes.append(context.Process(target=serve, args=body))
         processes[-1].start()
         theirs.close()
@@ -221,28 +254,30 @@ def main() -> None:
         except EOFError:
             sys.exit(f"the engine {side!r} did not start: see {args.logs}/{side}.log")
         say(f"{side} is up")
-    report = {
+    report: dict[str, Any] = {
         **machine("torch", "triton", "vllm"),
         "command": shlex.join(["python", "benchmarks/engine.py", Path(args.model).name, *sys.argv[2:]]),
         "date": datetime.date.today().isoformat(),
         "start_seconds_side_by_side": starts,
     }
-    seconds: dict[str, list[dict[str, float]]] = {what: [] for what in WORK}
-    for turn in range(-1, args.rounds):
-        one_round(engines, turn, seconds)
-        if turn >= 0:
-            write_report(report, seconds, {}, args.out)  # a run that is cut short has said what it saw
-        say(f"round {turn + 1} of {args.rounds}")
+    work, suffix = (LONG, f", {args.layers} layers") if args.layers else (WORK, "")
+    seconds: dict[str, list[dict[str, float]]] = {what: [] for what in work}
+    for number in range(-1, args.visits):
+        for what in visit(engines, work, number, seconds):
+            say(f"visit {number + 1} of {args.visits}: {what}")
+            if number >= 0:  # a run that is cut short has said what it saw
+                save(args.out, report, points(work, seconds, suffix), seconds, bool(args.layers))
     tokens = {}
     for side, connection in engines.items():
         connection.send(("room", "", ()))
         tokens[side] = connection.recv()
         connection.send(None)
-    write_report(report, seconds, tokens, args.out)
+    rates = points(work, seconds, suffix)
+    save(args.out, report, rates if args.layers else rates + room_points(tokens), seconds, bool(args.layers))
     for process in processes:
         process.join(60)
     for peer in [side for side in args.sides if side != OURS]:
-        ratios = [row["ratio"] for row in points(seconds) if row["name"] == peer]
+        ratios = [row["ratio"] for row in rates if row["name"] == peer]
         print(f"{peer} / ours: geometric mean {statistics.geometric_mean(ratios):.3f}, worst {min(ratios)}")
 
 
