@@ -279,6 +279,13 @@ WIRE_SEAMS = {
         "the fingerprint is known when the engine is up, and must be before the first route answers",
         "an endpoint plugin is loaded without being named in VLLM_PLUGINS, and before the serving classes are made",
     ),
+    "every_engine": Seam(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient.call_utility_all_async",
+        ("self", "method"),
+        "AsyncLLM.collective_rpc hands over the answer of one data parallel rank",
+        "collective_rpc hands over all",
+    ),
     "generate": Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",

@@ -136,7 +136,9 @@ def _check_self_check(minutes: float | None, stops: bool, namespace: argparse.Na
         raise ConfigurationError(f"--deterministic-self-check: {minutes:g} is no number of minutes above 0")
     if stops and minutes is None:
         raise ConfigurationError("--deterministic-self-check-stop needs --deterministic-self-check MINUTES")
-    if stops and (getattr(namespace, "api_server_count", None) or 1) > 1:
+    # Where nobody says how many, vLLM starts one API server for each data parallel rank behind this server.
+    fronts = getattr(namespace, "api_server_count", None) or getattr(namespace, "data_parallel_size", None) or 1
+    if stops and fronts > 1:
         raise ConfigurationError(
-            "--deterministic-self-check-stop: the other API servers would go on promising; leave --api-server-count out"
+            "--deterministic-self-check-stop: the other API servers would go on promising; add --api-server-count 1"
         )

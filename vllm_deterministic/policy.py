@@ -96,6 +96,13 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
     "async_scheduling": (None, False, True),
     "block_size": (None, 128),  # the fixed KV-cache page
     "distributed_executor_backend": (None, "mp", "uni"),
+    # ranks of a dense model are engines of their own, which must agree: see integration/wire.py
+    **dict.fromkeys(
+        "data_parallel_size data_parallel_size_local data_parallel_rank data_parallel_start_rank data_parallel_address "
+        "data_parallel_rpc_port data_parallel_hybrid_lb".split(),
+        ANY,
+    ),
+    "data_parallel_backend": ("mp",),
     "worker_cls": ("auto",),
     "weight_transfer_config": ANY,  # its backend: see resolved_refusals
     # compiled and eager round at other places: the mode is part of the numerics id
@@ -153,7 +160,8 @@ _KNOWN_FEATURES = {
     "kv_offloading_size": "KV offloading",
     "pipeline_parallel_size": "pipeline parallelism",
     "tensor_parallel_size": "tensor parallelism",
-    "data_parallel_size": "data parallelism",
+    "data_parallel_backend": "data parallelism over Ray",
+    "enable_expert_parallel": "expert parallelism",
     "prefill_context_parallel_size": "context parallelism",
     "decode_context_parallel_size": "context parallelism",
     "enable_prompt_embeds": "prompts given as embeddings",
@@ -301,7 +309,7 @@ def _update_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
         found.append(Refusal(option, "a compiled graph holds the packed weights", "Add --enforce-eager"))
     if facts["api_servers"] > 1:
         reason = "the other API servers would go on promising the old weights"
-        found.append(Refusal(option, reason, "Leave --api-server-count out"))
+        found.append(Refusal(option, reason, "Add --api-server-count 1"))
     return found
 
 

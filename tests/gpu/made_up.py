@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import string
 import sys
 import zlib
@@ -79,6 +80,15 @@ def use() -> None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device).mul_(0.03))
 
     dummy_loader.DummyModelLoader.load_weights = fill
+
+
+def door(folder: Path) -> str:
+    """The PYTHONPATH under which every process of a server calls `use`: as a plugin of vLLM's, laid into `folder`."""
+    plugin = folder / "made_up_weights-0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-weights\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nmade_up_weights = made_up:use\n")
+    return os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 if __name__ == "__main__":

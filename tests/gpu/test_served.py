@@ -28,12 +28,10 @@ SIDES = {"ours": ("--deterministic",), "default": ()}
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Report]:
     folder = tmp_path_factory.mktemp("served")
     subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
-    # The engine core is a process of its own: it gets the weights through vLLM's own door.
-    plugin = folder / "made_up_weights-0.dist-info"
-    plugin.mkdir()
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-weights\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nmade_up_weights = made_up:use\n")
-    path = os.pathsep.join([str(folder), str(HERE), os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(HERE))
+    import made_up
+
+    path = made_up.door(folder)
 
     def examined(side: str) -> Report:
         options = (*OPTIONS, "--kv-cache-memory-bytes", str(3 << 30), *SIDES[side])

@@ -28,27 +28,32 @@ UPDATES = ("--weight-transfer-config", '{"backend": "safetensors"}')
 PROMPTS = [[5 + token % 490 for token in range(length)] for length in (3, 40, 150, 700)]
 
 
-def started(folder: Path, dtype: str, log: Path) -> Any:
-    options = ("--dtype", dtype, "--max-model-len", "1024", "--deterministic", "--enforce-eager", *UPDATES)
+def started(folder: Path, dtype: str, log: Path, *more: str) -> Any:
+    options = ("--dtype", dtype, "--max-model-len", "1024", "--deterministic", "--enforce-eager", *UPDATES, *more)
     return serve(folder, *options, env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}, log=log)
 
 
-SERVED = ("small-float32", *(pytest.param(f"SmolLM2-{d}", marks=pytest.mark.slow) for d in ("float32", "bfloat16")))
+SERVED = (
+    "small-float32",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("SmolLM2-float32", "SmolLM2-bfloat16", "ranks-float32")),
+)
+RANKS = ("--data-parallel-size", "2", "--api-server-count", "1")
 
 
 @pytest.fixture(scope="module", params=SERVED)
 def server(
     request: pytest.FixtureRequest, make: Any, save: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server of two layers with random weights, in the slow set one of SmolLM2: the same operators."""
+    """A server of two layers with random weights, in the slow set one of SmolLM2 (the same operators) and two data
+    parallel ranks, both of which every update must reach."""
     size, dtype = request.param.split("-")
     scratch = tmp_path_factory.mktemp("train")
-    if size == "small":
+    if size == "SmolLM2":
+        folder = prepare_default_model(dtype=dtype)
+    else:
         folder = scratch / "model"
         save(make("Llama"), folder)
-    else:
-        folder = prepare_default_model(dtype=dtype)
-    with started(folder, dtype, scratch / "server.log") as running:
+    with started(folder, dtype, scratch / "server.log", *(RANKS if size == "ranks" else ())) as running:
         yield running
 
 

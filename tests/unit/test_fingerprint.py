@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,15 @@ from vllm_deterministic.configs import numerics
 
 from vllm_deterministic.contract import Settings
 from vllm_deterministic.errors import ConfigurationError
-from vllm_deterministic.serving.fingerprint import FINGERPRINT, Fingerprint, Numerics, canonical, differing_parts
+from vllm_deterministic.serving.fingerprint import (
+    FINGERPRINT,
+    Fingerprint,
+    Numerics,
+    agree,
+    canonical,
+    differing_parts,
+    engine_parts,
+)
 
 NUMERICS = Numerics(
     version="v1",
@@ -53,6 +62,22 @@ def test_form_and_order() -> None:
     assert FINGERPRINT.fullmatch(str(BASE))
     one, other = ({"a": 2, "b": 1}, {"b": 1, "a": 2})
     assert dataclasses.replace(NUMERICS, trees=one).id == dataclasses.replace(NUMERICS, trees=other).id
+
+
+def test_engines_agree_on_what_they_decide() -> None:
+    server = dataclasses.replace(BASE, settings={"seed": 0, "front_end": {"response_role": "assistant"}})
+    engine = dataclasses.replace(BASE, tokenizer="none", chat_template="none", settings={"seed": 0, "front_end": {}})
+    same = engine_parts(engine.parts)
+    agree(server.parts, [same, same])
+    for part, other in (
+        ("numerics.dtype", dataclasses.replace(engine, numerics=dataclasses.replace(NUMERICS, dtype="float32"))),
+        ("weights", dataclasses.replace(engine, weights="x")),
+        ("settings.seed", dataclasses.replace(engine, settings={"seed": 1, "front_end": {}})),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"rank 1 differs in {re.escape(part)}"):
+            agree(server.parts, [same, engine_parts(other.parts)])
+        with pytest.raises(ConfigurationError, match=r"rank 0 differs.*rank 1 differs"):
+            agree(other.parts, [same, same])
 
 
 JSON = st.recursive(

@@ -86,7 +86,12 @@ def test_config_file(parse, tmp_path: Path) -> None:  # type: ignore[no-untyped-
         (["--deterministic", "--deterministic-self-check-stop"], "needs --deterministic-self-check MINUTES"),
         (
             "--deterministic --deterministic-self-check 5 --deterministic-self-check-stop --api-server-count 2".split(),
-            "leave --api-server-count out",
+            "add --api-server-count 1",
+        ),
+        (
+            "--deterministic --deterministic-self-check 5 --deterministic-self-check-stop "
+            "--data-parallel-size 2".split(),
+            "add --api-server-count 1",
         ),
     ],
 )

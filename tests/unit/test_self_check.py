@@ -19,7 +19,7 @@ def _choice(*ids: int) -> ChoiceReceipt:
 def _check(ask: Callable[[bool], object], fingerprint: Callable[[], str] = lambda: "a") -> tuple[SelfCheck, list]:
     said: list[tuple[str, str]] = []
 
-    async def asking(anew: bool) -> ChoiceReceipt:
+    async def asking(engine: int, anew: bool) -> ChoiceReceipt:
         return ask(anew)  # type: ignore[return-value]
 
     return SelfCheck(asking, fingerprint, Gate(), lambda *result: said.append(result)), said
@@ -42,11 +42,25 @@ def test_a_difference_is_seen_cold_and_cached_and_later() -> None:
     answers = iter([(1, 2), (1, 2), (1, 2), (1, 9), (9, 2), (1, 2)])
     check, said = _check(lambda anew: _choice(*next(answers)))
     assert _thrice(check) == ["reference", "differs", "differs"]
-    assert said[1][1] == "tokens from position 1, the prompt from the prefix cache"
-    assert said[2][1] == "tokens from position 0, the prompt computed anew"
+    assert said[1][1] == "tokens from position 1, engine 0, the prompt from the prefix cache"
+    assert said[2][1] == "tokens from position 0, engine 0, the prompt computed anew"
     # Already at the reference: cold and cached at once.
     check, _ = _check(lambda anew: _choice(1, int(anew)))
     assert _thrice(check)[0] == "differs"
+
+
+def test_every_engine_is_asked_and_held_to_one_reference() -> None:
+    said: list[tuple[str, str]] = []
+    odd = {1: 7}  # the second engine says something else
+
+    async def asking(engine: int, anew: bool) -> ChoiceReceipt:
+        return _choice(1, odd.get(engine, 2))
+
+    check = SelfCheck(asking, lambda: "a", Gate(), lambda *result: said.append(result), engines=2)
+    assert asyncio.run(check.once()) == "differs"
+    assert said == [("differs", "tokens from position 1, engine 1, the prompt computed anew")]
+    odd.clear()
+    assert asyncio.run(check.once()) == "same"
 
 
 def test_other_weights_are_another_reference() -> None:
@@ -69,7 +83,7 @@ def test_an_update_does_not_wait_for_the_canary() -> None:
     async def updating() -> tuple[str, bool]:
         gate, aborted = Gate(), asyncio.Event()
 
-        async def hanging(anew: bool) -> ChoiceReceipt:
+        async def hanging(engine: int, anew: bool) -> ChoiceReceipt:
             try:
                 await asyncio.sleep(600)  # a paused engine
             except asyncio.CancelledError:

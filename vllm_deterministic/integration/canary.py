@@ -44,7 +44,7 @@ async def watch(engine_client: Any, minutes: float, stops: bool) -> None:
         assert kept is not None  # made before anybody watches
         return kept.fingerprint
 
-    check = SelfCheck(_Canary(engine_client).ask, fingerprint, gate, said)
+    check = SelfCheck(_Canary(engine_client).ask, fingerprint, gate, said, wire.engines(engine_client))
     await check.once()
     task = asyncio.create_task(check.every(60 * minutes))
     _watching.add(task)  # asyncio itself keeps no task alive
@@ -63,7 +63,7 @@ class _Canary:
         self._prompt = [7919 * (place + 1) % words for place in range(max(1, min(PROMPT_TOKENS, room - self._answer)))]
         self._salt = uuid.uuid4().hex  # nobody else's prompt shares these pages
 
-    async def ask(self, anew: bool) -> ChoiceReceipt:
+    async def ask(self, engine: int, anew: bool) -> ChoiceReceipt:
         params = SamplingParams(
             temperature=0.8, seed=20261125, max_tokens=self._answer, ignore_eos=True, logprobs=0, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -71,7 +71,8 @@ class _Canary:
         salt = uuid.uuid4().hex if anew else self._salt
         prompt = TokensPrompt(prompt_token_ids=self._prompt, cache_salt=salt)
         chain, reason = Chain(prompt_digest(self._prompt), 0), ""
-        async for result in self._engine.generate(prompt, params, f"deterministic-self-check-{uuid.uuid4().hex}"):
+        name = f"deterministic-self-check-{uuid.uuid4().hex}"
+        async for result in self._engine.generate(prompt, params, name, data_parallel_rank=engine):
             (output,) = result.outputs
             ids = list(output.token_ids)
             chain.add(ids, [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)])

@@ -30,14 +30,11 @@ class DeterministicCPUWorker(CPUWorker):
         return super().compile_or_warm_up_model()
 
     def deterministic_report(self) -> dict[str, Any]:
-        """What only the worker knows of the fingerprint and of GET /deterministic."""
-        return {
-            "weights": weights.digest(self.vllm_config.load_config.load_format),
-            "model_code": facts.model_code(type(self.model_runner.get_model())),
-            "architecture": facts.cpu_architecture(),
-            "certified": [*linear.certified(), *cpu_attention.certified()],
-            "certification_seconds": linear.seconds() + cpu_attention.seconds(),
-        }
+        """See facts.worker_report."""
+        model, device = self.model_runner.get_model(), self.model_runner.device
+        certified = [*linear.certified(), *cpu_attention.certified()]
+        seconds = linear.seconds() + cpu_attention.seconds()
+        return facts.worker_report(self.vllm_config, model, device, certified, seconds)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         # Behind the front end's back: cached prefixes were computed with the old weights, the fingerprint names them.

@@ -77,6 +77,8 @@ def prepare(engine_args: Any) -> None:
         attention.arm()
         engine_args.attention_backend = AttentionBackendEnum.CUSTOM
         engine_args.block_size = attention.PAGE
+        if engine_args.distributed_executor_backend is None:
+            engine_args.distributed_executor_backend = "uni"  # of data parallel ranks too: each has a card of its own
         _capture_more(engine_args)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from vllm_deterministic import compat
 from vllm_deterministic.configs import numerics as trees_of
 from vllm_deterministic.contract import Settings
 from vllm_deterministic.errors import UnsupportedError
-from vllm_deterministic.serving.fingerprint import Fingerprint, Numerics, digest_of
+from vllm_deterministic.integration import weights
+from vllm_deterministic.serving.fingerprint import Fingerprint, Numerics, digest_of, engine_parts
 
 __all__ = [
     "architecture", "cpu_architecture", "fingerprint", "gpu_architecture", "libraries", "model_code",
-    "tokenizer_digest",
+    "tokenizer_digest", "worker_report",
 ]  # fmt: skip
 
 # What chooses a CPU kernel: instructions, and the cache size, by which vLLM's attention cuts its key blocks.
@@ -90,6 +91,23 @@ def libraries(device: str) -> dict[str, str]:
 
         found["triton"] = triton.__version__
     return found
+
+
+def worker_report(
+    config: Any, model: torch.nn.Module, device: torch.device, certified: Sequence[Any], seconds: float
+) -> dict[str, Any]:
+    """What only an engine's worker knows of the fingerprint and of GET /deterministic.
+
+    parts: of the fingerprint that a server before this engine alone would have, those that an engine decides.
+    seconds: what certification took.
+    """
+    found = {
+        "weights": weights.digest(config.load_config.load_format),
+        "model_code": model_code(type(model)),
+        "architecture": architecture(device),
+    }
+    parts = engine_parts(fingerprint(config, None, None, found).parts)
+    return {**found, "parts": parts, "certified": [*certified], "certification_seconds": seconds}
 
 
 def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any]) -> Fingerprint:

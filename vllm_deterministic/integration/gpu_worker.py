@@ -43,11 +43,7 @@ class DeterministicGPUWorker(Worker):
             return int(super().determine_available_memory())
 
     def deterministic_report(self) -> dict[str, Any]:
-        """What only the worker knows of the fingerprint and of GET /deterministic."""
-        return {
-            "weights": weights.digest(self.vllm_config.load_config.load_format),
-            "model_code": facts.model_code(type(self.model_runner.get_model())),
-            "architecture": facts.gpu_architecture(self.model_runner.device),
-            "certified": [*gpu_linear.certified(), *attention.certified()],
-            "certification_seconds": self._certification_seconds,
-        }
+        """See facts.worker_report."""
+        model, device = self.model_runner.get_model(), self.model_runner.device
+        certified = [*gpu_linear.certified(), *attention.certified()]
+        return facts.worker_report(self.vllm_config, model, device, certified, self._certification_seconds)

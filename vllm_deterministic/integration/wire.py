@@ -11,12 +11,14 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_deterministic import __version__, compat, policy
+from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.integration import facts
 from vllm_deterministic.integration.refusals import refusal
 from vllm_deterministic.serving import metrics, promise
+from vllm_deterministic.serving.fingerprint import agree
 from vllm_deterministic.serving.signing import load_signer
 
-__all__ = ["arm", "named_in_metadata", "promise_anew", "stop", "took"]
+__all__ = ["arm", "engines", "named_in_metadata", "promise_anew", "stop", "took"]
 
 logger = logging.getLogger("vllm.deterministic")
 
@@ -54,11 +56,33 @@ def _promising(init_app_state: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def engines(engine_client: Any) -> int:
+    """How many engines answer behind this server: the data parallel ranks that it sends requests to."""
+    parallel = engine_client.vllm_config.parallel_config
+    return int(parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size)
+
+
+async def _reports(engine_client: Any) -> list[Any]:
+    """The report of every engine's worker. AsyncLLM.collective_rpc asks them all, too, but hands over one."""
+    asked = "collective_rpc", "deterministic_report", None, (), None
+    try:
+        answers = await engine_client.engine_core.call_utility_all_async(*asked)
+    except Exception as error:
+        raise UnsupportedError(
+            f"--deterministic: an engine does not say what it computes with ({error}). Start every data parallel rank "
+            "with --deterministic"
+        ) from error
+    return [report for (report,) in answers]
+
+
 async def _promise(engine_client: Any, args: Any) -> promise.Promise:
-    reports = await engine_client.collective_rpc("deterministic_report")
+    reports = await _reports(engine_client)
     of_server = facts.fingerprint(engine_client.vllm_config, args, engine_client.renderer.tokenizer, reports[0])
+    if len(reports) > 1:
+        agree(of_server.parts, [report["parts"] for report in reports])
     key = getattr(args, "deterministic_signing_key", None)
     about = _about(reports[0], engine_client.vllm_config.device_config.device_type)
+    about["engines"] = len(reports)
     before, kept = promise.kept(), promise.Promise.of(of_server, about, load_signer(key) if key else None)
     if before is not None:
         kept = dataclasses.replace(kept, stopped=before.stopped)  # new weights do not mend the arithmetic
@@ -66,9 +90,9 @@ async def _promise(engine_client: Any, args: Any) -> promise.Promise:
     certified = metrics.certified(reports[0]["certified"], reports[0]["certification_seconds"])
     minutes = getattr(args, "deterministic_self_check", None)
     logger.info(
-        "deterministic: %s, numerics %s, %s, weights %s, %s, self-check %s; GET /deterministic says more",
-        kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12], certified,
-        f"every {minutes:g} min" if minutes else "off",
+        "deterministic: %s, numerics %s, %s, weights %s, engines %d, %s, self-check %s; GET /deterministic says more",
+        kept.fingerprint, of_server.numerics.id, of_server.numerics.dtype, of_server.weights[:12], len(reports),
+        certified, f"every {minutes:g} min" if minutes else "off",
     )  # fmt: skip
     return kept
 

@@ -10,14 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["FINGERPRINT", "Fingerprint", "Numerics", "canonical", "differing_parts", "digest_of"]
+from vllm_deterministic.errors import ConfigurationError
+
+__all__ = [
+    "FINGERPRINT",
+    "Fingerprint",
+    "Numerics",
+    "agree",
+    "canonical",
+    "differing_parts",
+    "digest_of",
+    "engine_parts",
+]
 
 # 128 bits: two servers that differ do not share a name by chance.
 _HEX_DIGITS = 32
+# Parts that the HTTP server before the engines decides.
+_OF_THE_FRONT_END = ("tokenizer", "chat_template", "settings.front_end")
 FINGERPRINT = re.compile(rf"vd1-[0-9a-f]{{{_HEX_DIGITS}}}")
 
 
@@ -86,3 +99,24 @@ class Fingerprint:
 def differing_parts(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
     """Names of the parts in which two fingerprints differ, sorted."""
     return sorted(name for name in {*left, *right} if left.get(name) != right.get(name))
+
+
+def engine_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that an engine decides, as JSON knows them."""
+    decided: dict[str, Any] = {name: value for name, value in parts.items() if name not in _OF_THE_FRONT_END}
+    return dict(json.loads(canonical(decided)))
+
+
+def agree(server: Mapping[str, Any], engines: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigurationError where one of the engines behind a server would give other bits than the server names.
+
+    server: the parts of its fingerprint. engines: what `engine_parts` gives of each, in the order of their ranks.
+    """
+    promised = engine_parts(server)
+    parted = {rank: found for rank, parts in enumerate(engines) if (found := differing_parts(promised, parts))}
+    if parted:
+        said = "; ".join(f"rank {rank} differs in {', '.join(found)}" for rank, found in parted.items())
+        raise ConfigurationError(
+            f"--deterministic: the data parallel ranks do not give the same bits: {said}. Start every rank with the "
+            "same options and libraries on machines of one kind, or as servers of their own"
+        )

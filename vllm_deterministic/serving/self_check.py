@@ -15,18 +15,29 @@ __all__ = ["RESULTS", "Ask", "SelfCheck"]
 Result = Literal["same", "differs", "failed", "reference", "interrupted"]
 RESULTS: tuple[Result, ...] = ("same", "differs", "failed", "reference", "interrupted")
 
-# The canary's answer; its prompt computed anew (True), or taken from the prefix cache where it is there (False).
-Ask = Callable[[bool], Awaitable[ChoiceReceipt]]
+# The canary's answer by the engine of this number; its prompt computed anew (True), or taken from the prefix cache
+# where it is there (False).
+Ask = Callable[[int, bool], Awaitable[ChoiceReceipt]]
 
 
 class SelfCheck:
-    """Asks the canary twice at once, cold and cached, and compares both with the first answer under the fingerprint.
+    """Asks every engine the canary twice at once, cold and cached, and compares with the first answer under the
+    fingerprint.
 
-    fingerprint: the one that holds now. said: is told each result, with what was found.
+    fingerprint: the one that holds now. said: is told each result, with what was found. engines: how many answer, each
+    a data parallel rank.
     """
 
-    def __init__(self, ask: Ask, fingerprint: Callable[[], str], gate: Gate, said: Callable[[Result, str], None]):
+    def __init__(
+        self,
+        ask: Ask,
+        fingerprint: Callable[[], str],
+        gate: Gate,
+        said: Callable[[Result, str], None],
+        engines: int = 1,
+    ) -> None:
         self._ask, self._fingerprint, self._gate, self._said = ask, fingerprint, gate, said
+        self._asked = [(engine, anew) for engine in range(engines) for anew in (True, False)]
         self._reference: tuple[str, ChoiceReceipt] | None = None
 
     async def every(self, seconds: float) -> None:
@@ -55,14 +66,15 @@ class SelfCheck:
             kind: Result = "reference"
         else:
             kind = "same"
-        for how, answer in zip(("computed anew", "from the prefix cache"), answers, strict=True):
+        for (engine, anew), answer in zip(self._asked, answers, strict=True):
             if (parted := first_divergence(self._reference[1], answer)) is not None:
-                return "differs", f"{parted.what} from position {parted.position}, the prompt {how}"
+                how = "computed anew" if anew else "from the prefix cache"
+                return "differs", f"{parted.what} from position {parted.position}, engine {engine}, the prompt {how}"
         return kind, f"{answers[0].tokens} tokens"
 
     async def _answers(self) -> list[ChoiceReceipt] | None:
-        """Both answers; None where the gate closed first: an update must not wait for a canary."""
-        asking = asyncio.ensure_future(asyncio.gather(self._ask(True), self._ask(False)))
+        """All answers; None where the gate closed first: an update must not wait for a canary."""
+        asking = asyncio.ensure_future(asyncio.gather(*(self._ask(engine, anew) for engine, anew in self._asked)))
         closing = asyncio.ensure_future(self._gate.closing())
         try:
             await asyncio.wait((asking, closing), return_when=asyncio.FIRST_COMPLETED)

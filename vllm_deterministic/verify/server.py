@@ -63,14 +63,16 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def metric(self, name: str) -> float:
-        """Sum of a Prometheus metric over its labels, for example "vllm:num_preemptions_total"."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a Prometheus metric over the labels that are left open, for example "vllm:num_preemptions_total"."""
         with _local.open(f"{self.url}/metrics", timeout=10) as response:
             text = response.read().decode()
-        samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-        if not samples:
+        samples = re.findall(rf"^{re.escape(name)}(?:\{{(.*)\}})? (\S+)$", text, re.MULTILINE)
+        asked = [f'{label}="{value}"' for label, value in labels.items()]
+        found = [float(value) for given, value in samples if set(asked) <= set(given.split(","))]
+        if not found:
             raise KeyError(name)
-        return sum(map(float, samples))
+        return sum(found)
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
