@@ -83,6 +83,13 @@ _WEIGHTS = Seam(
     "the fingerprint names the weights: they are hashed on their way into the model",
     "vLLM names its weights",
 )
+_WEIGHT_TRANSFER = Seam(
+    "vllm.distributed.weight_transfer.factory",
+    "WeightTransferEngineFactory.register_engine",
+    ("name", "module_path_or_cls", "class_name"),
+    "vLLM's own backends move weights between cards",
+    _NEVER,
+)
 CPU_SEAMS = {
     "linear": Seam(
         "vllm.model_executor.layers.utils",
@@ -134,13 +141,7 @@ CPU_SEAMS = {
         "vLLM breaks ties by token id",
     ),
     "weights": _WEIGHTS,
-    "weight_transfer": Seam(
-        "vllm.distributed.weight_transfer.factory",
-        "WeightTransferEngineFactory.register_engine",
-        ("name", "module_path_or_cls", "class_name"),
-        "vLLM's own backends move weights between GPUs",
-        _NEVER,
-    ),
+    "weight_transfer": _WEIGHT_TRANSFER,
 }
 _ROW_COUNT = "the GEMM library picks another reduction tree for another number of rows"
 _COMPILED_SUM = "the compiler chooses the order of a norm's sum anew in every compilation"
@@ -206,6 +207,7 @@ GPU_SEAMS = {
         "vLLM lets a plugin look at the traced graph",
     ),
     "weights": _WEIGHTS,
+    "weight_transfer": _WEIGHT_TRANSFER,
 }
 _EARLY = "refuses a request before its stream has begun"
 _LATE_CHECK = "Platform.validate_request runs before the response starts"

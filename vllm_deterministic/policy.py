@@ -300,8 +300,6 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
 def _update_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     option = "--weight-transfer-config"
     found = []
-    if facts["device"] != "cpu":
-        found.append(Refusal(option, f"weight updates are not proved on {facts['device']}", "Leave it out"))
     if (backend := facts["weight_transfer"]) != WEIGHT_TRANSFER:
         proved = f'Proved: {{"backend": "{WEIGHT_TRANSFER}"}}'
         found.append(Refusal(f"{option} {backend!r}", "this backend is not proved", proved))

@@ -99,3 +99,11 @@ def test_another_process_has_the_same_gradients(reports: Mapping[str, dict[str, 
 def test_the_gradient_is_the_gradient(reports: Mapping[str, dict[str, Any]], name: str) -> None:
     """No further from f64 than twice transformers' own gradient in bfloat16, every parameter."""
     assert all(worst <= 2 for _, worst in part(reports, name, "accuracy").values())
+
+
+@runs
+def test_new_weights_reach_the_running_engine(reports: Mapping[str, dict[str, Any]], name: str) -> None:
+    found = part(reports, name, "update")
+    assert found["unequal"] == 0
+    assert found["answers changed"] > 0
+    assert found["fingerprint changed"]

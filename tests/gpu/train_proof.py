@@ -90,6 +90,7 @@ class Proof:
                 kv_cache_memory_bytes=2 << 30,
                 logprobs_mode="processed_logprobs" if processed else "raw_logprobs",
                 additional_config=vllm_deterministic.enable(),
+                weight_transfer_config={"backend": "safetensors"},
             )
         )
         self.report: dict[str, Any] = {"errors": {}, "start_seconds": round(time.perf_counter() - began, 1)}
@@ -202,8 +203,25 @@ class Proof:
         worst = {way: max(each, key=lambda name, each=each: each[name]) for way, each in ratios.items()}
         return {way: [name, round(ratios[way][name], 3)] for way, name in worst.items()}
 
+    def update(self) -> dict[str, Any]:
+        """New weights in the running engine: the trainer's log-probabilities again, and other answers."""
+        before, ids, first = self.sample()
+        with deterministic_forward(self.model) as model:
+            old = self.engine.check(model)
+            accumulate(model, ids, lambda i, scores: -scores.mean(), first)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(parameter.grad.sign() * parameter.abs() * -(2**-5))
+            model.zero_grad()
+            new = self.engine.send_weights(model)
+            after, ids, first = self.sample()
+            with torch.no_grad():
+                found = unequal(after, logprobs(model, ids, first, self.temperature))
+        changed = sum(a.token_ids != b.token_ids for a, b in zip(before, after, strict=True))
+        return {"unequal": found, "answers changed": changed, "fingerprint changed": old != new}
+
     def run(self) -> None:
-        for part in (self.forward, self.backward, self.accuracy):
+        for part in (self.forward, self.backward, self.accuracy, self.update):
             began = time.perf_counter()
             try:
                 self.report[part.__name__] = part()

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_deterministic.integration import attention, audit, facts, gpu_linear, gpu_norm, gpu_sampler, weights
+from vllm_deterministic.integration import (
+    attention,
+    audit,
+    facts,
+    gpu_linear,
+    gpu_norm,
+    gpu_sampler,
+    weight_engine,
+    weights,
+)
 
 __all__ = ["DeterministicGPUWorker"]
 
@@ -24,6 +33,7 @@ class DeterministicGPUWorker(Worker):
         attention.arm()
         audit.arm()
         weights.arm()
+        weight_engine.arm()
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

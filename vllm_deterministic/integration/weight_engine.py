@@ -1,4 +1,4 @@
-"""New weights for a running CPU worker: vLLM's weight-transfer interface, fed from a safetensors file."""
+"""New weights for a running worker: vLLM's weight-transfer interface, fed from a safetensors file."""
 
 from __future__ import annotations
 
