@@ -5,6 +5,7 @@ usage: benchmarks/plots.py
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ WAYS = {
 }
 
 
-def rl_demo(report: dict[str, Any]) -> None:
+def rl_demo(report: dict[str, Any], name: str = "rl_demo") -> None:
     """How far sampler and trainer are apart at each step, and the reward."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
     panels = (("kl", "KL(sampler ‖ trainer)"), ("unequal", "share of tokens that differ"), ("reward", "reward"))
@@ -147,7 +148,7 @@ def rl_demo(report: dict[str, Any]) -> None:
     axes[0].set_ylim(bottom=-2e-7)
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{report['card']}, {report['date']}: {report['command']}", fontsize=8, color="#666666")
-    save(figure, "rl_demo")
+    save(figure, name)
 
 
 def save(figure: Any, name: str) -> None:
@@ -158,7 +159,8 @@ def save(figure: Any, name: str) -> None:
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "vllm-deterministic"
-    for name, draw in (("gemm", gemm), ("attention", attention), ("rl_demo", rl_demo)):
+    on_a_card = functools.partial(rl_demo, name="rl_demo_gpu")
+    for name, draw in (("gemm", gemm), ("attention", attention), ("rl_demo", rl_demo), ("rl_demo_gpu", on_a_card)):
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             draw(json.loads(path.read_text()))

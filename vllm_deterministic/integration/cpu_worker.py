@@ -6,7 +6,6 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.integration import cpu_activation, cpu_attention, facts, linear, sampler, weight_engine, weights
 
 __all__ = ["DeterministicCPUWorker"]
@@ -36,10 +35,4 @@ class DeterministicCPUWorker(CPUWorker):
         seconds = linear.seconds() + cpu_attention.seconds()
         return facts.worker_report(self.vllm_config, model, device, certified, seconds)
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        # Behind the front end's back: cached prefixes were computed with the old weights, the fingerprint names them.
-        raise UnsupportedError(
-            "--deterministic: weights are changed by vLLM's weight-update API (--weight-transfer-config), not like this"
-        )
-
-    reset_weights = reload_weights
+    reload_weights = reset_weights = weight_engine.refused

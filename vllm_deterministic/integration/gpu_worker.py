@@ -57,3 +57,5 @@ class DeterministicGPUWorker(Worker):
         model, device = self.model_runner.get_model(), self.model_runner.device
         certified = [*gpu_linear.certified(), *attention.certified()]
         return facts.worker_report(self.vllm_config, model, device, certified, self._certification_seconds)
+
+    reload_weights = reset_weights = weight_engine.refused

@@ -14,12 +14,12 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_deterministic import compat
-from vllm_deterministic.errors import ConfigurationError
+from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 from vllm_deterministic.integration import weights
 from vllm_deterministic.policy import WEIGHT_TRANSFER
 from vllm_deterministic.serving.weights import WeightsDigest
 
-__all__ = ["SafetensorsEngine", "arm"]
+__all__ = ["SafetensorsEngine", "arm", "refused"]
 
 
 @dataclass
@@ -84,3 +84,11 @@ def arm() -> None:
     compat.probe(compat.CPU_SEAMS["weight_transfer"])
     if WEIGHT_TRANSFER not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(WEIGHT_TRANSFER, SafetensorsEngine)
+
+
+def refused(worker: Any, *args: Any, **kwargs: Any) -> None:
+    """A worker's way to other weights behind the front end's back: cached prefixes were computed with the old ones, and
+    the fingerprint names them. Raises UnsupportedError."""
+    raise UnsupportedError(
+        "--deterministic: weights are changed by vLLM's weight-update API (--weight-transfer-config), not like this"
+    )

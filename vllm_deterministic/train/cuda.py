@@ -10,8 +10,8 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import torch
-from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 
+from vllm_deterministic import compat
 from vllm_deterministic.kernels import gradients
 from vllm_deterministic.kernels.gemm import dispatch
 from vllm_deterministic.kernels.gemm.tree import Problem
@@ -131,7 +131,8 @@ def scores(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> t
     if temperature != 1.0:
         logits = logits.float()
         one = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        apply_temperature(logits, one, torch.tensor([temperature], device=logits.device))
+        divide = compat.probe(compat.TRAINER_SEAMS["temperature"])
+        divide(logits, one, torch.tensor([temperature], device=logits.device))
     return Scores(logits, targets, 0).logprobs(targets[:, None]).squeeze(1), logits
 
 
