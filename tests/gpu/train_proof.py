@@ -204,11 +204,12 @@ class Proof:
         return {way: [name, round(ratios[way][name], 3)] for way, name in worst.items()}
 
     def update(self) -> dict[str, Any]:
-        """New weights in the running engine: the trainer's log-probabilities again, and other answers."""
+        """New weights in the running engine, by which its answers are unlikely: the trainer's log-probabilities again,
+        and other answers."""
         before, ids, first = self.sample()
         with deterministic_forward(self.model) as model:
             old = self.engine.check(model)
-            accumulate(model, ids, lambda i, scores: -scores.mean(), first)
+            accumulate(model, ids, lambda i, scores: scores.mean(), first)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(parameter.grad.sign() * parameter.abs() * -(2**-5))
