@@ -201,6 +201,18 @@ def test_half_an_update_is_no_update(server, model, tmp_path):
         assert live.send_weights(model) == old
 
 
+@pytest.mark.parametrize("method", ["reload_weights", "reset_weights"])
+def test_no_other_way_to_new_weights(server, method):
+    """vLLM's own, behind the front end's back, is refused; the server goes on promising what it promised."""
+    live = LiveServer(server.url)
+    before, answers = live.description(), sampled(server, max_tokens=4)
+    with pytest.raises(DeterministicError):
+        live._ask("POST", "/collective_rpc", {"method": method})
+    assert "weights are changed by vLLM's weight-update API" in server.log.read_text(errors="replace")
+    assert live.description() == before
+    assert sampled(server, max_tokens=4) == answers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
 @torch.no_grad()

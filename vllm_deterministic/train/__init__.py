@@ -3,8 +3,8 @@
     with deterministic_forward(model):
         scores = logprobs(model, token_ids, first=prompt_lengths)
 
-Needs the server's vLLM: the operators are its own. vLLM's CPU build serves models on the CPU, its CUDA build (a preview
-here: docs/rl.md) models on one card.
+Needs the server's vLLM: the operators are its own. vLLM's CPU build serves models on the CPU, its CUDA build models on
+one card.
 """
 
 from vllm_deterministic.train.accumulate import accumulate

@@ -15,12 +15,11 @@ from vllm_deterministic.train.cpu_attention import CPUAttention as attention
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = [
-    "DTYPES", "PREVIEW", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
+    "DTYPES", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
     "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16)
-PREVIEW = None
 Tensors = Sequence[torch.Tensor]
 _CACHED = 2048  # rows of a weight whose product is still in the cache when it is added
 

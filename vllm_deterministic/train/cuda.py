@@ -21,15 +21,11 @@ from vllm_deterministic.train.cuda_attention import CUDAAttention as attention
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = [
-    "DTYPES", "PREVIEW", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
+    "DTYPES", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
     "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
 ]  # fmt: skip
 
 DTYPES = (torch.bfloat16,)
-PREVIEW = (
-    "its forward and backward pass have run on a card, but neither its log-probabilities nor its gradients have been "
-    "compared there yet"
-)
 Tensors = Sequence[torch.Tensor]
 _LOGIT_ROWS = 1024  # rows of the vocabulary's width that are in memory at once
 

@@ -32,8 +32,6 @@ class Device(Protocol):
 
     DTYPES: Sequence[torch.dtype]
     """Of the servers whose bits it has."""
-    PREVIEW: str | None
-    """What is not proved of it yet."""
 
     def stacks(
         self, weights: list[torch.nn.Parameter], biases: list[torch.nn.Parameter]

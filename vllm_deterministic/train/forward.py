@@ -6,8 +6,6 @@ the model's layers cannot be replaced one by one: the whole decoder is.
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ from vllm_deterministic.train.vocabulary import Embedding
 
 __all__ = ["MODELS", "Decoder"]
 
-logger = logging.getLogger("vllm.deterministic")
-
 # transformers' class of the causal model -> whether its attention normalises q and k.
 MODELS = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": False, "Qwen3ForCausalLM": True}
 
@@ -41,8 +37,6 @@ class Decoder:
         config, base = model.config, model.model
         self.dtype, self.config, self.base, self.place = dtype, config, base, model.lm_head.weight.device
         self.device = device_of(self.place.type)
-        if self.device.PREVIEW:
-            _say_preview(self.place.type, self.device.PREVIEW)
         self.vocabulary = config.vocab_size
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.embedding = Embedding(base.embed_tokens, dtype)
@@ -76,11 +70,6 @@ class Decoder:
         marked = (self.base, *self.base.layers)
         asked = any(getattr(module, "gradient_checkpointing", False) for module in marked)
         return bool(asked and self.base.training and torch.is_grad_enabled())
-
-
-@functools.cache  # once a process
-def _say_preview(kind: str, why: str) -> None:
-    logger.warning("deterministic_forward on %s is a preview: %s", kind, why)
 
 
 def _cos_sin(size: int, config: Any, dtype: torch.dtype, place: torch.device) -> torch.Tensor:
