@@ -87,7 +87,8 @@ void scores(const T* logits, const int64_t* tokens, float* logprobs, int64_t* ra
             int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> room(std::is_same_v<T, float> ? 0 : vocab);
+    static thread_local std::vector<float> room;  // fresh memory for each call would be mapped page by page
+    if (!std::is_same_v<T, float> && static_cast<int64_t>(room.size()) < vocab) room.resize(vocab);
 #pragma omp for
     for (int64_t r = 0; r < rows; ++r) {
       score(logits + r * vocab, tokens[r], room.data(), vocab, logprobs[r], ranks[r]);
