@@ -14,7 +14,8 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-Vec larger(const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }
+// Not `maximum`, which takes longer to keep every NaN: where one gets lost here, the sum has it still.
+Vec larger(const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); }
 
 // exp for what log_softmax takes it of, at most 0: the algorithm of SLEEF's expf with an error of 1 ulp, which PyTorch
 // calls for each vector, here without the call. 2^q times a polynomial in d - q ln 2, |d - q ln 2| <= ln 2 / 2.
@@ -45,18 +46,19 @@ const float* widened(const float* row, float*, int64_t vocab, float& top) {
 
 const float* widened(const at::BFloat16* row, float* room, int64_t vocab, float& top) {
   using Narrow = at::vec::Vectorized<at::BFloat16>;
-  Vec most(-std::numeric_limits<float>::infinity());
+  Vec most(-std::numeric_limits<float>::infinity()), others = most;
   int64_t i = 0;
   for (; i + Narrow::size() <= vocab; i += Narrow::size()) {
     auto [low, high] = at::vec::convert_bfloat16_float(Narrow::loadu(row + i));
     low.store(room + i);
     high.store(room + i + Vec::size());
-    most = larger(most, larger(low, high));
+    most = larger(most, low);
+    others = larger(others, high);
   }
-  top = at::vec::vec_reduce_all<float>(larger, most);
+  top = at::vec::vec_reduce_all<float>(larger, larger(most, others));
   for (; i < vocab; ++i) {
     room[i] = static_cast<float>(row[i]);
-    top = std::max(top, room[i]);  // a NaN may get lost here: the sum has it still
+    top = std::max(top, room[i]);
   }
   return room;
 }
