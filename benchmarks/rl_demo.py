@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -157,14 +158,17 @@ def way(name: str, dtype: str, folder: Path, scratch: Path) -> Iterator[tuple[Se
             )
 
 
-def train(name: str, steps: int, dtype: str, folder: Path, scratch: Path) -> dict[str, Any]:
+def train(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    began = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = prompts(tokenizer)
     log = []
     torch.manual_seed(0)
-    with way(name, dtype, folder, scratch) as (server, model, step, update):
+    with way(name, args.dtype, folder, args.scratch) as (server, model, step, update):
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        for number in range(steps):
+        for number in range(args.steps):
+            if time.monotonic() - began > args.seconds:
+                break
             begun = time.perf_counter()
             answers = sample(server, asked, number)
             questions = [question for question in SUMS for _ in range(GROUP)]
@@ -175,8 +179,7 @@ def train(name: str, steps: int, dtype: str, folder: Path, scratch: Path) -> dic
             scores = step(ids, [len(answer.prompt_token_ids) for answer in answers], sampled, advantages(rewards))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            update()
-            log.append(compare(sampled, scores) | {"reward": sum(rewards) / len(rewards)})
+            log.append(compare(sampled, scores) | {"reward": sum(rewards) / len(rewards), "served": update()})
             log[-1]["seconds"] = round(time.perf_counter() - begun, 2)
             print(name, number, json.dumps(log[-1]), flush=True)
             if name in ("ours", "again"):
@@ -186,6 +189,18 @@ def train(name: str, steps: int, dtype: str, folder: Path, scratch: Path) -> dic
         for _, parameter in sorted(model.named_parameters()):
             weights.update(parameter.detach().cpu().numpy().tobytes())
     return {"steps": log, "weights": weights.hexdigest()}
+
+
+def same(run: dict[str, Any], again: dict[str, Any]) -> str:
+    """What a second run had in common with the first: every step of both. Raises AssertionError where one differs."""
+    both = list(zip(run["steps"], again["steps"], strict=False))  # under --seconds one may have come further
+    assert both, "no step of both runs"
+    for number, (one, other) in enumerate(both):
+        # The fingerprint, which names the weights that were sent.
+        assert one["served"] == other["served"], f"a second run had other weights after step {number}"
+    if len(run["steps"]) == len(again["steps"]):
+        assert run["weights"] == again["weights"], "a second run ended in other weights"
+    return f"a second run had the same weights, bit for bit, after each of {len(both)} steps"
 
 
 def compare(sampled: list[torch.Tensor], scores: list[torch.Tensor]) -> dict[str, float]:
@@ -202,6 +217,7 @@ def compare(sampled: list[torch.Tensor], scores: list[torch.Tensor]) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no step begins later, from the way's start on")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--side-by-side", action="store_true", help="every way in a process of its own, all at once")
@@ -214,10 +230,9 @@ def main() -> None:
     if args.side_by_side and len(args.ways) > 1:
         runs = side_by_side(args, folder)
     else:
-        runs = {name: train(name, args.steps, args.dtype, folder, args.scratch) for name in args.ways}
+        runs = {name: train(name, args, folder) for name in args.ways}
     if {"ours", "again"} <= runs.keys():
-        assert runs["ours"]["weights"] == runs["again"]["weights"], "a second run ended in other weights"
-        print("a second run ended in the same weights, bit for bit")
+        print(same(runs["ours"], runs["again"]))
     here = machine("vllm", "torch", "transformers", "vllm_deterministic")
     if PLACE.type == "cpu":
         here["card"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -239,6 +254,7 @@ def side_by_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         out = args.scratch / f"{name}.json"
         command = [sys.executable, __file__, "--steps", str(args.steps), "--dtype", args.dtype, "--ways", name]
         command += ["--model", str(folder), "--scratch", str(args.scratch), "--out", str(out)]
+        command += ["--seconds", str(args.seconds)]
         subprocess.run(command, check=True)
         return json.loads(out.read_text())["runs"][name]
 
