@@ -56,9 +56,12 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_SOURCES = (".py", ".cu", ".cuh")
+
+
 def card(device: Any, sources: Path) -> dict[str, str]:
-    """What a CUDA schedule's bits may depend on: the card, its driver, what compiles for it, and the Python sources in
-    a folder."""
+    """What a CUDA schedule's bits may depend on: the card, its driver, what compiles for it, and the sources in a
+    folder."""
     import torch
     import triton
 
@@ -69,7 +72,7 @@ def card(device: Any, sources: Path) -> dict[str, str]:
         "driver": _driver(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "sources": digest([path.read_text() for path in sorted(sources.glob("*.py"))]),
+        "sources": digest([path.read_text() for path in sorted(sources.iterdir()) if path.suffix in _SOURCES]),
     }
 
 

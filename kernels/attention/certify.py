@@ -225,7 +225,7 @@ def certify(
         return f"{wrong} of {checked} elements in a batch of {len(batch)}: {batch[:3]}"
 
     def found(schedule: Decode | Prefill, batches: Iterable[list[Stretch]], spans: list[tuple[int, int]]) -> None:
-        whole_tiles = schedule.tma if isinstance(schedule, Decode) else schedule.warp_specialised
+        whole_tiles = schedule.tma if isinstance(schedule, Decode) else schedule.cuda or schedule.warp_specialised
         data = sequences if whole_tiles else owned
         runs = [(batch, torch.float32) for batch in batches]
         runs.append((runs[0][0], dtype))  # as served, which is another compilation

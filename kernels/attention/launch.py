@@ -25,6 +25,7 @@ from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 from . import decode as decode_kernels
 from . import prefill as prefill_kernels
 from .plan import Plan
+from .prefill_cuda import PrefillCuda
 from .schedules import DECODE, PREFILL, Decode, Heads, Prefill
 from .tree import LOG2E, Tree
 
@@ -75,15 +76,21 @@ class Batch:
 
 @dataclass
 class Scratch:
-    """Partial results of splits between decode and combine; one serves all layers of a stream."""
+    """What kernels of one call leave to each other; one serves all layers of a stream.
+
+    state, acc: partial results of splits between decode and combine. taken: how many blocks prefill_cuda has handed
+    out, and how many of its programs are done; 0 between launches.
+    """
 
     state: torch.Tensor
     acc: torch.Tensor
+    taken: torch.Tensor
 
     @classmethod
     def empty(cls, query_heads: int, head_size: int, device: torch.device | str) -> Scratch:
         rows = _SCRATCH_SPLITS * query_heads
-        return cls(torch.empty(rows, 2, device=device), torch.empty(rows, head_size, device=device))
+        taken = torch.zeros(2, dtype=torch.int32, device=device)
+        return cls(torch.empty(rows, 2, device=device), torch.empty(rows, head_size, device=device), taken)
 
 
 @dataclass
@@ -170,6 +177,10 @@ class Attention:
         return Compiled(prefill_ws)
 
     @cached_property
+    def _prefill_cuda(self) -> PrefillCuda:
+        return PrefillCuda(self.heads.query, self.heads.group, self.heads.page)
+
+    @cached_property
     def _constants(self) -> dict[str, Any]:
         tree, heads = self.tree, self.heads
         return {
@@ -218,6 +229,9 @@ class Attention:
 
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
         tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
+        if prefill.cuda:
+            self._prefill_cuda.launch(batch, cache, self.scratch.taken, tree.log2_scale, self.multiprocessors)
+            return
         work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
         blocks, key = plan.blocks.shape[0], self._key(batch, cache, prefill)
         if prefill.warp_specialised:

@@ -46,9 +46,11 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prefill kernel's launch. warp_specialised: prefill_ws, else prefill. rows: query tokens of one program."""
+    """A prefill kernel's launch. cuda: prefill_cuda; warp_specialised: prefill_ws; else prefill. rows: query tokens of
+    one program."""
 
     name: str
+    cuda: bool = False
     warp_specialised: bool = False
     rows: int = 128
     warps: int = 8
@@ -58,8 +60,9 @@ class Prefill:
         """Whether it is for this layer. Tiles of head size 256 leave no room for blocks of 128."""
         if tree.head_size > 128:
             return self.rows == 64
-        if self.warp_specialised:
-            return hopper and heads.page % tree.tile == 0
+        if self.cuda or self.warp_specialised:
+            plain = tree.head_size == 128 and not (tree.window or tree.softcap or tree.sink)
+            return hopper and heads.page % tree.tile == 0 and (plain or not self.cuda)
         return self.rows == 128 or not hopper
 
 
@@ -76,6 +79,7 @@ DECODE = (
     Decode("decode-64", rows=64, per_sm=1),
 )
 PREFILL = (
+    Prefill("prefill-cuda", cuda=True),
     Prefill("prefill-ws", warp_specialised=True),
     Prefill("prefill"),
     Prefill("prefill-64", rows=64, warps=4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from vllm_deterministic.kernels.attention import certify, launch  # noqa: E402
+from vllm_deterministic.kernels import nvrtc  # noqa: E402
+from vllm_deterministic.kernels.attention import certify, launch, prefill_cuda  # noqa: E402
 from vllm_deterministic.kernels.attention import decode as decode_module  # noqa: E402
 from vllm_deterministic.kernels.attention import prefill as prefill_module  # noqa: E402
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
@@ -94,7 +96,7 @@ def dropped(monkeypatch: pytest.MonkeyPatch, only: Decode | Prefill) -> str:
     decode, prefill = isinstance(only, Decode), isinstance(only, Prefill)
     monkeypatch.setattr(certify, "DECODE", (only,) if decode else (plain_decode,))
     monkeypatch.setattr(certify, "PREFILL", (only,) if prefill else (plain_prefill,))
-    shape = attention(tree_for(128), Heads(16, 4, 16))
+    shape = attention(tree_for(128), Heads(16, 4, 128 if prefill and only.cuda else 16))
     try:
         return certify.certify(shape, BF16, 4200, {}, (8, 64)).dropped.get(only.name, "")
     except CertificationError as error:
@@ -138,6 +140,31 @@ def test_splits_counted_from_the_end_of_a_chunk_are_caught(monkeypatch: pytest.M
 def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, CONTRACTED))
     assert "elements" in dropped(monkeypatch, Decode("decode"))
+
+
+@pytest.mark.parametrize(
+    ("file", "sound", "fault"),
+    [
+        ("tree.cuh", "", ""),  # the control
+        ("tree.cuh", "TILES_OF_SPLIT = 4", "TILES_OF_SPLIT = 8"),
+        ("tree.cuh", "__fadd_rn(y[e], y[e + n])", "__fadd_rn(y[2 * e], y[2 * e + 1])"),
+        ("prefill.cu", "__fmaf_rn(y.x, a[0], __fmul_rn(acc[0], b[0]))", "(y.x * a[0] + acc[0] * b[0])"),
+    ],
+)
+def test_faults_in_cuda_are_caught(monkeypatch: pytest.MonkeyPatch, file: str, sound: str, fault: str) -> None:
+    sources = {name: prefill_cuda._source(name) for name in ("hopper.cuh", "tree.cuh", "prefill.cu")}
+    assert sound in sources[file]
+    sources[file] = sources[file].replace(sound, fault)
+    monkeypatch.setattr(prefill_cuda, "_source", sources.__getitem__)
+    monkeypatch.setattr(prefill_cuda, "_compiled", functools.cache(prefill_cuda._compiled.__wrapped__))
+    assert ("elements" in dropped(monkeypatch, Prefill("prefill-cuda", cuda=True))) == bool(fault)
+
+
+def test_without_nvrtc_the_cuda_prefill_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_cuda, "_compiled", functools.cache(prefill_cuda._compiled.__wrapped__))
+    monkeypatch.setattr(nvrtc, "_nvrtc", nvrtc._nvrtc.__wrapped__)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "no NVRTC" in dropped(monkeypatch, Prefill("prefill-cuda", cuda=True))
 
 
 def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
