@@ -1,12 +1,12 @@
-"""Price of the fingerprint and of receipts on CPU: tokens per second with and without them, side by side.
+"""Price of the fingerprint and of receipts on CPU: tokens per second with and without them, on one server.
 
-Two deterministic servers on the same cores, the one that waits stopped (SIGSTOP): one as it is, one whose middleware
-hands every request through, so that nothing is stamped or recorded. Three ways to ask take turns in each round, with
-new prompts of one length: the bare server, ours without receipts, and ours with a receipt for each answer.
+Three ways to ask take turns in each round, in an order drawn anew, with new prompts of one length: bare (a plugin of
+this file hands the request past our middleware, so nothing is stamped or recorded), with the fingerprint, and with a
+receipt for each answer.
 
 Two rates: tokens per second of time, as a client sees it, and per second that the server's processes spent on a
-processor, which somebody else's work on the machine moves less. Pinned to one core, which the processes share, the
-second one is the server's throughput; with cores to spare it counts what idle processes spend waiting, too.
+processor. Idle processes of vLLM's spend some waiting: with a core to spare the first one is the server's throughput,
+pinned to one core, which the processes share, both are.
 
 usage: benchmarks/wire.py MODEL [--rounds 25]
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import datetime
 import itertools
 import json
@@ -23,7 +22,6 @@ import os
 import platform
 import random
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -32,9 +30,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 from bootstrap import interval
-from cpu import awake, cpu_name, prompt
+from cpu import cpu_name, prompt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,24 +43,25 @@ from vllm_deterministic.verify.server import Server, serve
 CONCURRENT = 16
 TOKENS = 64
 OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "32", "--deterministic")
-WANTED: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "receipt": {"deterministic": {"receipt": True}},
+WAYS: dict[str, dict[str, Any]] = {
+    "bare": {"extra_headers": {"x-bare": "1"}},
+    "fingerprint": {},
+    "receipt": {"extra_body": {"deterministic": {"receipt": True}}},
 }
-# Server, and what is asked for.
-WAYS = [("bare", "nothing"), ("ours", "nothing"), ("ours", "receipt")]
-# A plugin of vLLM that exists on the bare server's PYTHONPATH only.
+# A plugin of vLLM that exists on this benchmark's PYTHONPATH only.
 BARE = """
 def plant():
     from vllm_deterministic.integration.contract_middleware import Contract
-    async def hand_through(self, scope, receive, send):
-        await self.app(scope, receive, send)
-    Contract.__call__ = hand_through
+    ours = Contract.__call__
+    async def call(self, scope, receive, send):
+        bare = any(name == b"x-bare" for name, _ in scope.get("headers", ()))
+        await (self.app(scope, receive, send) if bare else ours(self, scope, receive, send))
+    Contract.__call__ = call
 """
 
 
 def bare_path(folder: Path) -> str:
-    """A folder for PYTHONPATH with the plugin that takes the middleware's work out."""
+    """A folder for PYTHONPATH with the plugin that lets some requests past the middleware."""
     (folder / "bare_wire.py").write_text(BARE)
     about = folder / "bare_wire-0.dist-info"
     about.mkdir()
@@ -77,64 +77,58 @@ def processor_seconds(server: Server) -> float:
     return sum(time.clock_gettime(~one.pid << 3 | scheduled) for one in (parent, *parent.children(recursive=True)))
 
 
-async def generate(server: Server, rng: random.Random, stream: bool, wanted: str) -> tuple[float, float]:
-    """Generated tokens per second and per processor second of equal requests sent together, streamed or whole.
-
-    wanted: "nothing" or "receipt" besides the answer's text.
-    """
-    endpoint = server.endpoint
-    extra: dict[str, Any] = {"ignore_eos": True, **WANTED[wanted]}
+async def generate(
+    server: Server, client: openai.AsyncOpenAI, rng: random.Random, stream: bool, way: str
+) -> tuple[float, float]:
+    """Generated tokens per second and per processor second of equal requests sent together, streamed or whole."""
     prompts = [prompt(rng, 32) for _ in range(CONCURRENT)]
-    async with endpoint.client() as client:
+    asked = WAYS[way]
+    options: dict[str, Any] = {"model": server.model, "max_tokens": TOKENS, "temperature": 0, **asked}
+    options["extra_body"] = {"ignore_eos": True, **asked.get("extra_body", {})}
 
-        async def one(ids: list[int]) -> bool:
-            options = {"model": endpoint.model, "max_tokens": TOKENS, "temperature": 0, "extra_body": extra}
-            answer: Any = await client.completions.create(prompt=ids, stream=stream, **options)
-            last = [chunk async for chunk in answer][-1] if stream else answer
-            return getattr(last, "deterministic", None) is not None
+    async def one(ids: list[int]) -> bool:
+        answer: Any = await client.completions.create(prompt=ids, stream=stream, **options)
+        last = [chunk async for chunk in answer][-1] if stream else answer
+        return getattr(last, "deterministic", None) is not None
 
-        spent, start = processor_seconds(server), time.perf_counter()
-        given = await asyncio.gather(*(one(ids) for ids in prompts))
-        seconds, spent = time.perf_counter() - start, processor_seconds(server) - spent
-    if set(given) != {wanted == "receipt"}:
-        raise RuntimeError(f"receipts: asked for {wanted}, given {set(given)}")
+    spent, start = processor_seconds(server), time.perf_counter()
+    given = await asyncio.gather(*(one(ids) for ids in prompts))
+    seconds, spent = time.perf_counter() - start, processor_seconds(server) - spent
+    if set(given) != {way == "receipt"}:
+        raise RuntimeError(f"receipts: asked {way}, given {set(given)}")
     return CONCURRENT * TOKENS / seconds, CONCURRENT * TOKENS / spent
 
 
-def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[list[tuple[float, float]]]]:
-    """For whole and for streamed answers, the two rates of each round, in the order of WAYS."""
-    logs.mkdir(parents=True, exist_ok=True)
-    rates: dict[bool, list[list[tuple[float, float]]]] = {False: [], True: []}
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sides = {}
-        for name, env in (("bare", {"PYTHONPATH": bare_path(folder)}), ("ours", {})):
-            env = {"VLLM_CPU_KVCACHE_SPACE": "1", **env}
-            server = stack.enter_context(serve(model, *OPTIONS, env=env, log=logs / f"wire-{name}.log", timeout=900))
-            stack.callback(os.killpg, server.pid, signal.SIGCONT)  # a stopped process cannot end politely
-            os.killpg(server.pid, signal.SIGSTOP)
-            sides[name] = server
-        for turn in track(range(-1, rounds), description="wire"):
+async def rounds_of(server: Server, rounds: int) -> dict[bool, list[dict[str, tuple[float, float]]]]:
+    """For whole and for streamed answers, the two rates of each way in each round."""
+    rates: dict[bool, list[dict[str, tuple[float, float]]]] = {False: [], True: []}
+    async with server.endpoint.client() as client:
+        for turn in track(range(-2, rounds), description="wire"):
             for stream, found in rates.items():
-                rate = {}
-                for step in range(len(WAYS)):
-                    name, wanted = way = WAYS[(step + turn) % len(WAYS)]
-                    with awake(sides[name]):
-                        rng = random.Random(f"{stream}{turn}{way}")
-                        rate[way] = asyncio.run(generate(sides[name], rng, stream, wanted))
-                if turn >= 0:  # the first round warms up
-                    found.append([rate[way] for way in WAYS])
+                rng = random.Random(f"{stream}{turn}")
+                ways = rng.sample(sorted(WAYS), len(WAYS))
+                rate = {way: await generate(server, client, rng, stream, way) for way in ways}
+                if turn >= 0:  # the first rounds warm up
+                    found.append(rate)
     return rates
 
 
+def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[dict[str, tuple[float, float]]]]:
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": bare_path(Path(folder))}
+        with serve(model, *OPTIONS, env=env, log=logs / "wire.log", timeout=900) as server:
+            return asyncio.run(rounds_of(server, rounds))
+
+
 COMPARED = (
-    ("fingerprint against none", 0, 1),
-    ("receipts against none, one server", 1, 2),
-    ("fingerprint and receipts against neither", 0, 2),
+    ("fingerprint against none", "bare", "fingerprint"),
+    ("receipts against fingerprint alone", "fingerprint", "receipt"),
+    ("fingerprint and receipts against neither", "bare", "receipt"),
 )
 
 
-def points_of(rates: dict[bool, list[list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+def points_of(rates: dict[bool, list[dict[str, tuple[float, float]]]]) -> list[dict[str, Any]]:
     """Each of the comparisons, for whole and for streamed answers, in both rates."""
     points = []
     for (stream, found), (what, peer, ours), kind in itertools.product(rates.items(), COMPARED, (0, 1)):

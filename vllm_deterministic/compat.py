@@ -141,6 +141,13 @@ CPU_SEAMS = {
         "which of equal logprobs is named first depends on how many the neighbours ask for",
         "vLLM breaks ties by token id",
     ),
+    "scheduler": Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+        "each logprob that a receipt takes leaves the engine by itself",
+        "vLLM sends logprobs on when somebody reads them",
+    ),
     "weights": _WEIGHTS,
     "weight_transfer": _WEIGHT_TRANSFER,
 }

@@ -51,6 +51,7 @@ def _applying_the_policy(create_engine_config: Callable[..., Any]) -> Callable[.
         engine.prepare(self)
         config = create_engine_config(self, *args, **kwargs)
         policy.refuse(policy.resolved_refusals(engine.resolved_facts(config)))
+        engine.name_scheduler(config)
         engine.arm_front_end(config, settings)
         return config
 

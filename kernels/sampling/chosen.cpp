@@ -14,7 +14,29 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-Vec larger(const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }
+// Not `maximum`, which takes longer to keep every NaN: where one gets lost here, the sum has it still.
+Vec larger(const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); }
+
+// exp for what log_softmax takes it of, at most 0: the algorithm of SLEEF's expf with an error of 1 ulp, which PyTorch
+// calls for each vector, here without the call. 2^q times a polynomial in d - q ln 2, |d - q ln 2| <= ln 2 / 2.
+// Its bits are compared with PyTorch's before the first use.
+Vec exponential(const Vec& d) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 q = _mm512_roundscale_ps(d * Vec(1.442695040888963407359924681f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 s = _mm512_fnmadd_ps(q, Vec(0.693145751953125f), d);
+  s = _mm512_fnmadd_ps(q, Vec(1.428606765330187045e-06f), s);
+  __m512 u = Vec(0.000198527617612853646278381f);
+  for (float c : {0.00139304355252534151077271f, 0.00833336077630519866943359f, 0.0416664853692054748535156f,
+                  0.166666671633720397949219f, 0.5f}) {
+    u = _mm512_fmadd_ps(u, s, Vec(c));
+  }
+  u = _mm512_fmadd_ps(_mm512_mul_ps(s, s), u, s);
+  u = _mm512_scalef_ps(_mm512_add_ps(Vec(1.0f), u), q);
+  return _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(d, Vec(-104.0f), _CMP_LT_OQ), _mm512_setzero_ps());
+#else
+  return d.exp();
+#endif
+}
 
 // The row in float32, and its largest element. `room`: where it goes unless it is float32 already.
 const float* widened(const float* row, float*, int64_t vocab, float& top) {
@@ -24,18 +46,19 @@ const float* widened(const float* row, float*, int64_t vocab, float& top) {
 
 const float* widened(const at::BFloat16* row, float* room, int64_t vocab, float& top) {
   using Narrow = at::vec::Vectorized<at::BFloat16>;
-  Vec most(-std::numeric_limits<float>::infinity());
+  Vec most(-std::numeric_limits<float>::infinity()), others = most;
   int64_t i = 0;
   for (; i + Narrow::size() <= vocab; i += Narrow::size()) {
     auto [low, high] = at::vec::convert_bfloat16_float(Narrow::loadu(row + i));
     low.store(room + i);
     high.store(room + i + Vec::size());
-    most = larger(most, larger(low, high));
+    most = larger(most, low);
+    others = larger(others, high);
   }
-  top = at::vec::vec_reduce_all<float>(larger, most);
+  top = at::vec::vec_reduce_all<float>(larger, larger(most, others));
   for (; i < vocab; ++i) {
     room[i] = static_cast<float>(row[i]);
-    top = std::max(top, room[i]);  // a NaN may get lost here: the sum has it still
+    top = std::max(top, room[i]);
   }
   return room;
 }
@@ -45,7 +68,7 @@ void score(const T* row, int64_t token, float* room, int64_t vocab, float& logpr
   float top;
   const float* x = widened(row, room, vocab, top);
   float norm = at::vec::map_reduce_all<float>(
-      [top](const Vec& v) { return (v - Vec(top)).exp(); }, [](const Vec& a, const Vec& b) { return a + b; }, x, vocab);
+      [top](const Vec& v) { return exponential(v - Vec(top)); }, [](const Vec& a, const Vec& b) { return a + b; }, x, vocab);
   at::vec::map([](const Vec& v) { return v.log(); }, &norm, &norm, 1);
   logprob = x[token] - top - norm;
   // How many are as likely: ones added in each lane, exact up to 2^24.
@@ -66,7 +89,8 @@ void scores(const T* logits, const int64_t* tokens, float* logprobs, int64_t* ra
             int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> room(std::is_same_v<T, float> ? 0 : vocab);
+    static thread_local std::vector<float> room;  // fresh memory for each call would be mapped page by page
+    if (!std::is_same_v<T, float> && static_cast<int64_t>(room.size()) < vocab) room.resize(vocab);
 #pragma omp for
     for (int64_t r = 0; r < rows; ++r) {
       score(logits + r * vocab, tokens[r], room.data(), vocab, logprobs[r], ranks[r]);

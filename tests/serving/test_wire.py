@@ -141,6 +141,21 @@ def test_receipts_are_of_the_answer(servers, config, ask, n):
 
 
 @main
+def test_receipt_of_an_answer_that_its_text_ends(servers, config):
+    """A stop string is seen by the HTTP server, not by the engine; with and without logprobs asked for."""
+    server = servers.get(config)
+    text = completion(server).choices[0].text
+    stop = text[len(text) // 2 :][:4]
+    ended = completion(server, stop=[stop], logprobs=0, extra_body=RECEIPT)
+    assert ended.choices[0].finish_reason == "stop"
+    receipt = find_receipt(ended.model_dump_json())
+    assert choices_of(ended.model_dump()) == (receipt.prompt.digest, receipt.choices)
+    assert 0 < receipt.choices[0].tokens < 12
+    *_, last = completion(server, stop=[stop], stream=True, extra_body=RECEIPT)
+    assert find_receipt(last.model_dump_json()).choices == receipt.choices
+
+
+@main
 def test_metrics_count(servers, config):
     server = servers.get(config)
     names = ("requests", "refused_requests", "receipts")

@@ -320,15 +320,35 @@ def test_answer(deterministic_endpoint):
 def test_pytest_fixture(tmp_path: Path, defect: str | None, outcome: str) -> None:
     (tmp_path / "test_user.py").write_text(PYTEST_FILE)
     with serving(Designed(defect=defect or "", seconds=0.02)) as endpoint:
-        plugin = "vllm_deterministic.verify.pytest_plugin"
-        loaded = [] if any(True for _ in _our_entry_points()) else ["-p", plugin]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *loaded, str(tmp_path)]
-        command += [] if defect is None else ["--deterministic-url", endpoint.url]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DETERMINISTIC_")}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert outcome in done.stdout, done.stdout + done.stderr
+        said = _pytest(tmp_path, *([] if defect is None else ["--deterministic-url", endpoint.url]))
+    assert outcome in said, said
     if defect == "neighbours":
-        assert "different answers" in done.stdout
+        assert "different answers" in said
+
+
+def _pytest(folder: Path, *options: str) -> str:
+    """What a user's pytest says in a folder of its own."""
+    plugin = "vllm_deterministic.verify.pytest_plugin"
+    loaded = [] if any(True for _ in _our_entry_points()) else ["-p", plugin]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *loaded, str(folder), *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DETERMINISTIC_")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return done.stdout + done.stderr
+
+
+def test_pytest_fixture_takes_a_report_of_the_same_endpoint(tmp_path: Path) -> None:
+    (tmp_path / "test_user.py").write_text(PYTEST_FILE)
+    with serving(Designed()) as endpoint:
+        assert cli.main(["verify", endpoint.url, "--level", "quick", "--quiet", "--report", str(tmp_path)]) == 0
+        asked, url = endpoint.seen, endpoint.url
+        found = [_pytest(tmp_path, "--deterministic-url", one, *VERIFIED) for one in (url, "http://127.0.0.1:1/v1")]
+        assert endpoint.seen == asked, "nothing is asked again"
+    assert "1 passed" in found[0], found[0]
+    assert "1 error" in found[1], found[1]
+    assert f"is a report of {url}" in found[1]
+
+
+VERIFIED = ("--deterministic-verified", "report.json")
 
 
 def _our_entry_points():

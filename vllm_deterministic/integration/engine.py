@@ -18,6 +18,7 @@ WORKERS = {
     "cpu": "vllm_deterministic.integration.cpu_worker.DeterministicCPUWorker",
     "cuda": "vllm_deterministic.integration.gpu_worker.DeterministicGPUWorker",
 }
+SCHEDULER = "vllm_deterministic.integration.scheduler.DeterministicScheduler"
 SEAMS = {"cpu": compat.CPU_SEAMS, "cuda": compat.GPU_SEAMS}
 
 
@@ -122,6 +123,12 @@ def _card_facts(config: Any) -> dict[str, Any]:
     executor = str(parallel.distributed_executor_backend)
     place = {"executor": executor, "ranks": parallel.data_parallel_size}
     return {"capability": (capability.major, capability.minor), **place}
+
+
+def name_scheduler(config: Any) -> None:
+    """On CPU the engine gets our scheduler. On a card vLLM's own, which prepares a step while the last one runs."""
+    if config.device_config.device_type == "cpu":
+        config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def arm_front_end(config: Any, settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -80,8 +79,11 @@ def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
         if metadata.max_num_logprobs != 0 or metadata.logprob_token_ids or mode != "raw_logprobs":
             return forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
         raw = logits.clone() if logits.dtype == torch.float32 else logits  # vLLM samples from f32 logits in place
-        metadata = dataclasses.replace(metadata, max_num_logprobs=None)
-        output = forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
+        metadata.max_num_logprobs = None  # for the call: a copy of the metadata takes longer than most of this
+        try:
+            output = forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
+        finally:
+            metadata.max_num_logprobs = 0
         logprobs, ranks = chosen_logprobs(raw, output.sampled_token_ids.squeeze(-1).long())
         output.logprobs_tensors = LogprobsTensors(output.sampled_token_ids, logprobs.unsqueeze(-1), ranks)
         return output

@@ -14,6 +14,7 @@ from vllm_deterministic import __version__, compat, policy
 from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.integration import facts
 from vllm_deterministic.integration.refusals import refusal
+from vllm_deterministic.integration.scheduler import TOGETHER
 from vllm_deterministic.serving import metrics, promise
 from vllm_deterministic.serving.fingerprint import agree
 from vllm_deterministic.serving.signing import load_signer
@@ -149,13 +150,33 @@ def _recording(generate: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+class _Scores(list[float]):
+    """Logprobs of one choice that the recorder alone reads: numbers, where vLLM keeps an object for each token.
+
+    False, so that vLLM hands the list on as it is, cut nowhere.
+    """
+
+    def take(self, output: Any) -> None:
+        """What LogprobsProcessor.update_from_output does, for these."""
+        if output.new_logprobs is not None:
+            self.extend(output.new_logprobs.logprobs[:, 0].tolist())
+
+    def __bool__(self) -> bool:
+        return False
+
+
 def _unread(from_new_request: Callable[..., Any]) -> Callable[..., Any]:
-    """Logprobs that the recorder alone reads are kept without the text of their tokens."""
+    """Logprobs that the recorder alone reads are kept without anything else of their tokens."""
 
     @functools.wraps(from_new_request)
     def wrapped(tokenizer: Any, request: Any) -> Any:
         recorder = promise.recording.get()
-        return from_new_request(tokenizer if recorder is None or not recorder.alone else None, request)
+        if recorder is None or not recorder.alone:
+            return from_new_request(tokenizer, request)
+        processor = from_new_request(None, request)
+        processor.logprobs = scores = _Scores()
+        processor.update_from_output = scores.take
+        return processor
 
     return wrapped
 
@@ -166,8 +187,11 @@ async def _watched(recorder: promise.Recorder, outputs: Any, params: Any) -> Any
     async for result in outputs:
         for output in result.outputs:
             ids = list(output.token_ids)
-            # Where an output brings no token, vLLM hands over the logprobs of all the tokens before.
-            scores = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)] if ids else []
+            if recorder.alone:  # complete when the choice is
+                scores = output.logprobs if output.finish_reason is not None else ()
+            else:
+                # Where an output brings no token, vLLM hands over the logprobs of all the tokens before.
+                scores = [one[token].logprob for token, one in zip(ids, output.logprobs, strict=True)] if ids else ()
             recorder.add(output.index, ids, scores, output.finish_reason)
         yield result
 
@@ -189,4 +213,7 @@ def took(request: Any) -> None:
     """Notes the EngineCoreRequest of the HTTP request in hand, its seed drawn, where a receipt is wanted."""
     if (recorder := promise.recording.get()) is None:
         return
-    recorder.ran(request.prompt_token_ids, {name: getattr(request.sampling_params, name) for name in _USED})
+    params = request.sampling_params
+    if recorder.alone and not params.stop:  # text that stops an answer is seen here: the engine does not know its end
+        params.extra_args = {**(params.extra_args or {}), TOGETHER: True}
+    recorder.ran(request.prompt_token_ids, {name: getattr(params, name) for name in _USED})

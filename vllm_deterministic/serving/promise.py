@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_deterministic.serving.fingerprint import Fingerprint
-from vllm_deterministic.serving.receipts import Chain, Prompt, Receipt, Request, canonical_body, prompt_digest
+from vllm_deterministic.serving.receipts import (
+    Chain,
+    ChoiceReceipt,
+    Prompt,
+    Receipt,
+    Request,
+    canonical_body,
+    prompt_digest,
+)
 from vllm_deterministic.serving.signing import Signer
 
 __all__ = ["Promise", "Recorder", "keep", "kept", "recording"]
@@ -68,7 +76,8 @@ class Recorder:
         self._promise, self._path, self._body = promise, path, body
         self._used: Mapping[str, Any] = {}
         self._prompt: Prompt | None = None
-        self._chains: dict[int, Chain] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._logprobs: dict[int, list[float]] = {}
         self._reasons: dict[int, str] = {}
         self._expected = 0
 
@@ -85,24 +94,30 @@ class Recorder:
         self._used = used
 
     def add(self, index: int, token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str | None) -> None:
-        """The next tokens of a choice."""
-        if self._prompt is None:
-            return
-        chain = self._chains.setdefault(index, Chain(self._prompt.digest, index))
-        chain.add(token_ids, logprobs)
+        """The next tokens of a choice, and their logprobs, which may come later: with its end at the latest."""
+        self._tokens.setdefault(index, []).extend(token_ids)
+        self._logprobs.setdefault(index, []).extend(logprobs)
         if finish_reason is not None:
             self._reasons[index] = finish_reason
 
+    def _choices(self, prompt: Prompt) -> Iterator[ChoiceReceipt]:
+        for index, reason in sorted(self._reasons.items()):
+            chain = Chain(prompt.digest, index)
+            chain.add(self._tokens[index], self._logprobs[index])
+            yield chain.finish(reason)
+
     def receipt(self) -> Receipt | None:
-        """The receipt of a complete answer; None where a choice has not ended."""
+        """The receipt of a complete answer; None where a choice has not ended, or ended before its logprobs came."""
         if self._prompt is None or len(self._reasons) < self._expected:
+            return None
+        if any(len(self._tokens[index]) != len(self._logprobs[index]) for index in self._reasons):
             return None
         receipt = Receipt(
             fingerprint=self._promise.fingerprint,
             parts=dict(self._promise.parts),
             request=Request(path=self._path, body=canonical_body(self._body, self._used)),
             prompt=self._prompt,
-            choices=[self._chains[index].finish(reason) for index, reason in sorted(self._reasons.items())],
+            choices=list(self._choices(self._prompt)),
         )
         if (signer := self._promise.signer) is None:
             return receipt

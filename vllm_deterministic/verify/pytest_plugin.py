@@ -15,6 +15,7 @@ OPTIONS = {
     "--deterministic-model": ("DETERMINISTIC_MODEL", None, "its model, where it serves several"),
     "--deterministic-level": ("DETERMINISTIC_LEVEL", "quick", "quick, standard or deep (default quick)"),
     "--deterministic-api-key-env": ("DETERMINISTIC_API_KEY_ENV", None, "environment variable with its API key"),
+    "--deterministic-verified": ("DETERMINISTIC_VERIFIED", None, "report.json of a `verify` just run"),
     "--deterministic-report": ("DETERMINISTIC_REPORT", None, "folder for the report"),
 }
 
@@ -38,14 +39,24 @@ def _key(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def deterministic_report(pytestconfig: pytest.Config) -> Any:
-    """The `Report` of the endpoint named by --deterministic-url; the tests that need it are skipped where none is."""
+    """The `Report` of the endpoint named by --deterministic-url; the tests that need it are skipped where none is.
+
+    With --deterministic-verified it is the one that `vllm-deterministic verify --report` has left of that endpoint.
+    """
     url = _option(pytestconfig, "--deterministic-url")
     if url is None:
         pytest.skip("no endpoint: give --deterministic-url URL or set DETERMINISTIC_URL")
     from pathlib import Path
 
-    from vllm_deterministic.verify import output, verify
+    from vllm_deterministic.verify import Report, output, verify
+    from vllm_deterministic.verify.discover import base_urls
 
+    verified = _option(pytestconfig, "--deterministic-verified")
+    if verified is not None:
+        known = Report.model_validate_json(Path(verified).read_text())
+        if known.endpoint.url not in base_urls(url):
+            pytest.fail(f"{verified} is a report of {known.endpoint.url}, not of {url}", pytrace=False)
+        return known
     report = verify(
         url,
         model=_option(pytestconfig, "--deterministic-model"),
