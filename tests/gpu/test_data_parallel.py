@@ -29,9 +29,7 @@ from vllm_deterministic.verify.server import Server, serve  # noqa: E402
 RANKS = 2
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two cards"),
-    pytest.mark.skip(
-        reason="refused on CUDA: to prove it, take this line and policy.py's refusal of `ranks` out"
-    ),
+    pytest.mark.skip(reason="refused on CUDA: to prove it, take this line and policy.py's refusal of `ranks` out"),
 ]
 
 HERE = Path(__file__).parent
