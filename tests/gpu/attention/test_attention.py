@@ -92,11 +92,12 @@ def broken(module: ModuleType, folder: Path, changes: dict[str, str]) -> ModuleT
 
 def dropped(monkeypatch: pytest.MonkeyPatch, only: Decode | Prefill) -> str:
     """Why certification drops the one schedule, run with whatever is planted; empty if it does not."""
-    plain_decode, plain_prefill = Decode("decode"), Prefill("prefill")
     decode, prefill = isinstance(only, Decode), isinstance(only, Prefill)
+    by_tma = prefill and only.cuda
+    plain_decode, plain_prefill = Decode("decode", tma=by_tma), Prefill("prefill")
     monkeypatch.setattr(certify, "DECODE", (only,) if decode else (plain_decode,))
     monkeypatch.setattr(certify, "PREFILL", (only,) if prefill else (plain_prefill,))
-    shape = attention(tree_for(128), Heads(16, 4, 128 if prefill and only.cuda else 16))
+    shape = attention(tree_for(128), Heads(16, 4, 128 if by_tma else 16))
     try:
         return certify.certify(shape, BF16, 4200, {}, (8, 64)).dropped.get(only.name, "")
     except CertificationError as error:
