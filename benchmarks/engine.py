@@ -270,18 +270,19 @@ def main() -> None:
     }
     work, suffix = (LONG, f", {args.layers} layers") if args.layers else (WORK, "")
     seconds: dict[str, list[dict[str, float]]] = {what: [] for what in work}
+    rooms: dict[str, float] = {}
     for number in range(-1, args.visits):
         for what in visit(engines, work, number, seconds):
             say(f"visit {number + 1} of {args.visits}: {what}")
             if number >= 0:  # a run that is cut short has said what it saw
-                save(args.out, report, points(work, seconds, suffix), seconds, bool(args.layers))
-    tokens = {}
-    for side, connection in engines.items():
-        connection.send(("room", "", ()))
-        tokens[side] = connection.recv()
+                rates = points(work, seconds, suffix)
+                save(args.out, report, rates + room_points(rooms), seconds, bool(args.layers))
+        for side in [] if args.layers else engines:
+            engines[side].send(("room", "", ()))
+            rooms[side] = engines[side].recv()
+    save(args.out, report, rates + room_points(rooms), seconds, bool(args.layers))
+    for connection in engines.values():
         connection.send(None)
-    rates = points(work, seconds, suffix)
-    save(args.out, report, rates if args.layers else rates + room_points(tokens), seconds, bool(args.layers))
     for process in processes:
         process.join(60)
     for peer in [side for side in args.sides if side != OURS]:

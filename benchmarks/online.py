@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
+import io
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from report import machine, write
 from vllm_deterministic.verify.server import Server, serve
 
 SIDES: dict[str, list[str]] = {"default": [], "ours": ["--deterministic"]}
+HIT_RATE = "prefix-cache hit rate"
 METRICS = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")
 
 
@@ -40,36 +40,44 @@ def traffic(rates: list[float]) -> dict[str, tuple[float, list[str]]]:
 
 
 def measure(server: Server, model: str, rate: float, options: list[str], seconds: float, seed: int) -> dict[str, float]:
-    """One run of `vllm bench serve`: METRICS and the output tokens per second."""
+    """One run of `vllm bench serve`, in this process, which has read its modules.
+
+    Returns METRICS, the output tokens per second, and the share of prompt tokens found in the prefix cache.
+    """
+    from vllm.benchmarks import serve as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    bench.add_cli_args(parser)
     count = max(8, round(rate * seconds))
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
-            "--base-url", server.url, "--model", model, "--served-model-name", server.model,
-            "--request-rate", str(rate), "--num-prompts", str(count), "--seed", str(seed), "--ignore-eos",
-            "--disable-tqdm", "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99",
-            "--save-result", "--result-dir", folder, "--result-filename", "r.json", *options,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
-        result = json.loads((Path(folder) / "r.json").read_text())
+    asked = [
+        "--backend", "openai", "--base-url", server.url, "--model", model, "--served-model-name", server.model,
+        "--request-rate", str(rate), "--num-prompts", str(count), "--seed", str(seed), "--ignore-eos", "--disable-tqdm",
+        "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99", *options,
+    ]  # fmt: skip
+    cache = [f"vllm:prefix_cache_{what}_total" for what in ("hits", "queries")]
+    before = [server.metric(name) for name in cache]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = bench.main(parser.parse_args(asked))
+    hits, queries = (server.metric(name) - was for name, was in zip(cache, before, strict=True))
     if result["failed"]:
-        sys.exit(f"{result['failed']} of {count} requests failed")
-    return {name: result[name] for name in (*METRICS, "output_throughput")}
+        sys.exit(f"{result['failed']} of {count} requests failed:\n{said.getvalue()[-3000:]}")
+    return {**{name: result[name] for name in (*METRICS, "output_throughput")}, HIT_RATE: hits / max(queries, 1)}
 
 
 def points(seen: dict[str, list[dict[str, dict[str, float]]]]) -> list[dict[str, Any]]:
     found = []
     for what, rounds in seen.items():
-        for metric in (*METRICS, "output_throughput"):
+        for metric in (*METRICS, "output_throughput", *([HIT_RATE] if "shared" in what else [])):
             pairs = [(turn["default"][metric], turn["ours"][metric]) for turn in rounds]
-            rate = metric == "output_throughput"
+            more_is_better = metric not in METRICS
             peer, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratio = statistics.median(b / a if rate else a / b for a, b in pairs)
-            unit = "tokens/s" if rate else "ms"
-            name = "output tokens" if rate else metric.removesuffix("_ms").replace("_", " ").replace("median", "p50")
-            row = {"what": f"{what}: {name}", "unit": unit, "peer": round(peer, 2), "ours": round(ours, 2)}
+            ratio = statistics.median(b / a if more_is_better else a / b for a, b in pairs)
+            unit = {"output_throughput": "tokens/s", HIT_RATE: "of prompt tokens"}.get(metric, "ms")
+            name = (
+                metric.removesuffix("_ms").replace("_throughput", " tokens").replace("_", " ").replace("median", "p50")
+            )
+            row = {"what": f"{what}: {name}", "unit": unit, "peer": round(peer, 3), "ours": round(ours, 3)}
             found.append({**row, "ratio": round(ratio, 3), "rounds": len(pairs)})
     return found
 
@@ -94,12 +102,18 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
     }
     with contextlib.ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(
-                serve(args.model, *flags, *shlex.split(args.serve), log=args.logs / f"{name}.log", timeout=900)
+        # Side by side: a start is mostly compilation, of which each side has its own.
+        pool = stack.enter_context(ThreadPoolExecutor(len(SIDES)))
+        common = shlex.split(args.serve)
+        starts = {
+            name: pool.submit(
+                stack.enter_context,
+                serve(args.model, *flags, *common, log=args.logs / f"{name}.log", timeout=900),
             )
             for name, flags in SIDES.items()
         }
+        servers = {name: start.result() for name, start in starts.items()}
+        print("both servers are up", flush=True)
         for turn in range(-1, args.rounds):
             for what, (rate, options) in asked.items():
                 both = {}
@@ -112,7 +126,7 @@ def main() -> None:
                 write(args.out, {**report, "points": points(seen)})
             print(f"round {turn + 1} of {args.rounds}", flush=True)
     for row in points(seen):
-        print(f"{row['what']:48s} {row['peer']:10.2f} {row['ours']:10.2f} {row['unit']:9s} {row['ratio']:.3f}")
+        print(f"{row['what']:48s} {row['peer']:10.2f} {row['ours']:10.2f} {row['unit']:16s} {row['ratio']:.3f}")
 
 
 if __name__ == "__main__":
