@@ -21,7 +21,7 @@ from typing import Any
 
 from report import machine, write
 
-from vllm_deterministic.verify.server import Server, serve
+from vllm_deterministic.verify.server import Server, free_port, serve
 
 SIDES: dict[str, list[str]] = {"default": [], "ours": ["--deterministic"]}
 HIT_RATE = "prefix-cache hit rate"
@@ -104,14 +104,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         # Side by side: a start is mostly compilation, of which each side has its own.
         pool = stack.enter_context(ThreadPoolExecutor(len(SIDES)))
-        common = shlex.split(args.serve)
-        starts = {
-            name: pool.submit(
-                stack.enter_context,
-                serve(args.model, *flags, *common, log=args.logs / f"{name}.log", timeout=900),
-            )
-            for name, flags in SIDES.items()
-        }
+        common, first = shlex.split(args.serve), free_port()  # both ask before either binds: two ports in a row
+        starts = {}
+        for at, (name, flags) in enumerate(SIDES.items()):
+            server = serve(args.model, *flags, *common, port=first + at, log=args.logs / f"{name}.log", timeout=900)
+            starts[name] = pool.submit(stack.enter_context, server)
         servers = {name: start.result() for name, start in starts.items()}
         print("both servers are up", flush=True)
         for turn in range(-1, args.rounds):
