@@ -23,6 +23,7 @@ from typing import Any
 from report import machine, write
 
 HERE = Path(__file__).parent
+SUM = "sum of logprobs: "
 ENGINES: dict[str, dict[str, Any]] = {"default": {}, "ours": {"additional_config": {"vllm_deterministic": {}}}}
 
 
@@ -73,7 +74,8 @@ def sums(model: str, pieces: list[list[int]]) -> Iterator[tuple[str, float]]:
             [sys.executable, __file__, model, "--one", name], input=json.dumps(pieces), env=environment,
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
-        yield name, float.fromhex(done.stdout.split()[-1])
+        said = [line for line in done.stdout.splitlines() if line.startswith(SUM)]  # engines print there, too
+        yield name, float.fromhex(said[-1].removeprefix(SUM))
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def main() -> None:
         pieces = json.loads(sys.stdin.read())
         way = args.one
         total = in_float32(args.model, pieces) if way == "float32" else in_engine(args.model, ENGINES[way], pieces)
-        print(total.hex(), flush=True)
+        print(f"{SUM}{total.hex()}", flush=True)
         return
     files = args.files or [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
     pieces = windows(args.model, files, args.window, args.tokens)
