@@ -55,7 +55,7 @@ ARCHITECTURES = {
 DTYPES = {"cpu": frozenset({"bfloat16", "float32"}), "cuda": frozenset({"bfloat16", "float16"})}
 # Device -> what is still to be proved where it is served already. Said at every start and in GET /deterministic.
 PREVIEWS = {
-    "cuda": "whole engines are proved on an H200 with vLLM 0.33, in part with 0.32 (docs/reports/engine-gpu.txt), "
+    "cuda": "whole engines are proved on an H200 with vLLM 0.33, in part with 0.32 (docs/reports/engine-gpu.txt); "
     "servers over HTTP and other Hopper cards are proved in parts only"
 }
 # Compute capability -> the name of the family whose kernels are proved to be on the trees.

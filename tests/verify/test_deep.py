@@ -24,6 +24,7 @@ OPTIONS += ("--served-model-name", NAME)
 # Tokens to compare, and where the report goes: `DEEP_TOKENS=20000` tells in a minute how long a million takes.
 TOKENS = int(os.environ.get("DEEP_TOKENS", 1_000_000))
 REPORT = os.environ.get("DEEP_REPORT")
+PARALLEL = 8  # rounds at once: one alone leaves the server waiting
 
 
 def small_model(folder: Path) -> Path:
@@ -57,7 +58,7 @@ def test_a_million_tokens(tmp_path: Path) -> None:
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     model = small_model(tmp_path / NAME)
     with serve(model, *OPTIONS, "--deterministic", env=environment, log=tmp_path / "server.log") as server:
-        report = verify(server.base_url, level="deep", tokens=TOKENS, require=("all",))
+        report = verify(server.base_url, level="deep", tokens=TOKENS, parallel=PARALLEL, require=("all",))
     if REPORT:
         output.write(report, Path(REPORT))
     print(f"{report.tokens:,} tokens in {report.seconds:.0f} s, {report.requests} requests; {report.power}")
