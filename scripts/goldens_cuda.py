@@ -40,6 +40,7 @@ from vllm_deterministic.contract import NUMERICS_VERSIONS
 from vllm_deterministic.integration.facts import gpu_architecture
 from vllm_deterministic.verify.probes import Probe
 
+ANSWERS = "answers: "  # begins the line with an engine's part
 ROWS = 64
 # Layers of Qwen3-0.6B and SmolLM2, and one whose k is no multiple of a step: (N, K).
 SHAPES = ((4096, 1024), (1024, 3072), (960, 576), (576, 1000))
@@ -243,7 +244,8 @@ def ask_all() -> list[dict[str, Any]]:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{engine}: status {done.returncode}, see above")
-        made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        said = [line for line in done.stdout.splitlines() if line.startswith(ANSWERS)]  # engines print there, too
+        made: dict[str, Any] = json.loads(said[-1].removeprefix(ANSWERS))
         return made
 
     with ThreadPoolExecutor(len(ENGINES)) as pool:
@@ -272,7 +274,7 @@ def main() -> int:
     actions.add_parser("answers").add_argument("engine", choices=ENGINES)
     args = parser.parse_args()
     if args.action == "answers":
-        print(json.dumps(answers(args.engine)))
+        print(ANSWERS + json.dumps(answers(args.engine)), flush=True)
     else:
         command = "scripts/goldens_cuda.py record" + " --kernels" * args.kernels
         print(record(args.out, args.numerics, command, not args.kernels))

@@ -260,8 +260,7 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     """Refusals of what vLLM made of the options.
 
     `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal,
-    weight_transfer (a backend, or None), compiled, api_servers; on CUDA also capability, executor and ranks (of data
-    parallel, how many).
+    weight_transfer (a backend, or None), compiled, api_servers; on CUDA also capability and executor.
     """
     device = facts["device"]
     if device not in ARCHITECTURES:
@@ -318,9 +317,6 @@ def _card_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
         known = ", ".join(f"{name} ({major}.{minor})" for (major, minor), name in CARDS.items())
         what = f"a card of compute capability {facts['capability'][0]}.{facts['capability'][1]}"
         found.append(Refusal(what, "its kernels are not proved to be on the trees", f"Proved: {known}"))
-    if facts["ranks"] > 1:
-        option = f"--data-parallel-size {facts['ranks']}"
-        found.append(Refusal(option, "it is not proved on CUDA", "Start a server for each card, behind a router"))
     if facts["executor"] != "uni":
         option = f"--distributed-executor-backend {facts['executor']}"
         found.append(Refusal(option, "it is not proved on CUDA", "Leave it out: one card is served by one process"))

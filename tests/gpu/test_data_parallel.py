@@ -1,7 +1,4 @@
-"""Data parallel ranks on two cards: whichever serves, the answer is that of one engine. Real servers, over HTTP.
-
-They are refused on CUDA until this has passed: policy.py, `ranks`.
-"""
+"""Data parallel ranks on two cards: whichever serves, the answer is that of one engine. Real servers, over HTTP."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ from vllm_deterministic.verify.probes import Answer, Probe, compare, run_load  #
 from vllm_deterministic.verify.server import Server, serve  # noqa: E402
 
 RANKS = 2
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two cards"),
-    pytest.mark.skip(reason="refused on CUDA: to prove it, take this line and policy.py's refusal of `ranks` out"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two cards")
 
 HERE = Path(__file__).parent
 OPTIONS = (

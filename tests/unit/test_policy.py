@@ -71,13 +71,11 @@ def test_previews_are_devices_that_are_served() -> None:
 
 
 def test_a_card_of_another_family_and_another_executor() -> None:
-    card = {**SERVED, "device": "cuda", "capability": (9, 0), "executor": "uni", "ranks": 1}
+    card = {**SERVED, "device": "cuda", "capability": (9, 0), "executor": "uni"}
     assert policy.resolved_refusals(card) == []
     (refusal,) = policy.resolved_refusals({**card, "capability": (8, 0)})
     assert "8.0" in str(refusal)
     assert "Hopper" in str(refusal)
-    (refusal,) = policy.resolved_refusals({**card, "ranks": 2})
-    assert "--data-parallel-size 2" in str(refusal)
     (refusal,) = policy.resolved_refusals({**card, "executor": "mp"})
     assert "--distributed-executor-backend mp" in str(refusal)
 

@@ -119,10 +119,8 @@ def _card_facts(config: Any) -> dict[str, Any]:
 
     capability = current_platform.get_device_capability()
     assert capability is not None
-    parallel = config.parallel_config
-    executor = str(parallel.distributed_executor_backend)
-    place = {"executor": executor, "ranks": parallel.data_parallel_size}
-    return {"capability": (capability.major, capability.minor), **place}
+    executor = str(config.parallel_config.distributed_executor_backend)
+    return {"capability": (capability.major, capability.minor), "executor": executor}
 
 
 def name_scheduler(config: Any) -> None:
