@@ -5,10 +5,10 @@ of its own with the same room for its KV cache; while one works, the others wait
 turn draws the order of the engines anew, and a ratio is the median of the turns' ratios with its 95 % bootstrap
 interval. Each kind of work comes up in every visit, some turns in a row, so that long prefixes stay in the cache.
 
-With --layers the engines are that much shorter and do only the work whose KV cache would not fit twice otherwise; its
-points join those that the file has.
+With --layers the engines are that much shorter and do only the work whose KV cache would not fit twice otherwise; with
+--only they do the work whose name holds one of these words. Its points join those that the file has.
 
-usage: benchmarks/engine.py MODEL_FOLDER [--visits 3] [--sides default ours vllm-mode] [--layers N]
+usage: benchmarks/engine.py MODEL_FOLDER [--visits 3] [--sides default ours vllm-mode] [--layers N] [--only WORD ...]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -34,18 +35,14 @@ from bootstrap import interval
 from report import machine, write
 
 OURS = "ours"
-SIDES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "default": ({}, {}),
-    OURS: ({"additional_config": {"vllm_deterministic": {}}}, {}),
-    "vllm-mode": ({"attention_backend": "FLASH_ATTN"}, {"VLLM_BATCH_INVARIANT": "1"}),
+FLAG = {"additional_config": {"vllm_deterministic": {}}}
+# Name -> options, environment variables, settings of Inductor.
+SIDES: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
+    "default": ({}, {}, {}),
+    OURS: (FLAG, {}, {}),
+    "vllm-mode": ({"attention_backend": "FLASH_ATTN"}, {"VLLM_BATCH_INVARIANT": "1"}, {}),
     # What it would cost if compiled graphs rounded where eager ones do.
-    "rounded-as-eager": (
-        {
-            "additional_config": {"vllm_deterministic": {}},
-            "compilation_config": {"inductor_compile_config": {"emulate_precision_casts": True}},
-        },
-        {},
-    ),
+    "rounded-as-eager": (FLAG, {}, {"emulate_precision_casts": True}),
 }
 DECODE_TOKENS = 48
 Work = dict[str, tuple[str, tuple[int, ...]]]  # name -> (kind, numbers): what one turn does
@@ -77,7 +74,7 @@ def fill(self: object, model: Any, model_config: object) -> None:
 class Engine:
     """One vLLM in this process. Each kind of work returns seconds."""
 
-    def __init__(self, folder: str, options: dict[str, Any], gigabytes: float, layers: int | None) -> None:
+    def __init__(self, folder: str, options: dict[str, Any], gigabytes: float) -> None:
         import vllm.model_executor.model_loader.dummy_loader as dummy_loader
 
         dummy_loader.DummyModelLoader.load_weights = fill  # type: ignore[method-assign,assignment]
@@ -87,8 +84,7 @@ class Engine:
         began = time.perf_counter()
         self.llm = LLM(
             folder, load_format="dummy", max_model_len=36864, max_num_seqs=256, seed=0, disable_log_stats=True,
-            kv_cache_memory_bytes=self.cache_bytes, gpu_memory_utilization=0.3,
-            hf_overrides={"num_hidden_layers": layers} if layers else {}, **options,
+            kv_cache_memory_bytes=self.cache_bytes, gpu_memory_utilization=0.3, **options,
         )  # fmt: skip
         self.start_seconds = time.perf_counter() - began
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
@@ -137,15 +133,27 @@ class Engine:
         return self._seconds(prompts, [rng.randrange(90, 111) for _ in range(requests)])
 
 
-def serve(connection: Connection, folder: str, side: str, gigabytes: float, layers: int | None, log: str) -> None:
+def shortened(folder: str, layers: int, into: Path) -> str:
+    """A model folder with the same configuration but for its number of layers."""
+    shutil.copytree(folder, into, dirs_exist_ok=True)
+    config = json.loads((into / "config.json").read_text())
+    (into / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    return str(into)
+
+
+def serve(connection: Connection, folder: str, side: str, gigabytes: float, log: str) -> None:
     """The body of an engine's process: answers (kind, seed, numbers) with seconds until it is sent None."""
-    options, environment = SIDES[side]
+    options, environment, settings = SIDES[side]
     os.environ.update(environment, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CACHE_ROOT=f"{log}.cache")
     with open(log, "w") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
     try:
-        engine = Engine(folder, options, gigabytes, layers)
+        from torch._inductor import config as inductor
+
+        for name, value in settings.items():
+            setattr(inductor, name, value)
+        engine = Engine(folder, options, gigabytes)
         connection.send(engine.start_seconds)
         while (asked := connection.recv()) is not None:
             kind, seed, numbers = asked
@@ -221,13 +229,14 @@ def room_points(tokens: dict[str, float]) -> list[dict[str, Any]]:
 
 def save(path: Path, report: dict[str, Any], found: list[dict[str, Any]], seconds: dict[str, Any], join: bool) -> None:
     """Writes the report; with `join` its points, and how they were measured, join the report that is there."""
-    if not join:
+    if not join or not path.exists():
         write(path, {**report, "points": found, "seconds": seconds})
         return
     whole = json.loads(path.read_text())
-    names = {point["what"] for point in found}
-    whole["points"] = [point for point in whole["points"] if point["what"] not in names] + found
-    whole["joined"] = {**report, "seconds": seconds}
+    new = {(point["what"], point["name"]) for point in found}
+    whole["points"] = [point for point in whole["points"] if (point["what"], point["name"]) not in new] + found
+    runs = {run["command"]: run for run in whole.get("joined", [])}
+    whole["joined"] = list({**runs, report["command"]: {**report, "seconds": seconds}}.values())
     write(path, whole)
 
 
@@ -238,10 +247,17 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES)[:3])
     parser.add_argument("--gigabytes", type=float, default=22, help="of KV cache for each engine")
     parser.add_argument("--layers", type=int, help="of the model; only the work with the largest KV cache is done")
+    parser.add_argument("--only", nargs="+", default=[""], help="words of the work's name")
     parser.add_argument("--logs", default=".cache/engine-logs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     args = parser.parse_args()
+    every, suffix = (LONG, f", {args.layers} layers") if args.layers else (WORK, "")
+    work = {what: asked for what, asked in every.items() if any(word in what for word in args.only)}
+    if not work:
+        parser.error(f"--only: no work is called so: {', '.join(every)}")
+    part = work != WORK
     Path(args.logs).mkdir(parents=True, exist_ok=True)
+    folder = shortened(args.model, args.layers, Path(args.logs) / "model") if args.layers else args.model
     context = multiprocessing.get_context("spawn")
     engines, processes = {}, []
     began = time.perf_counter()
@@ -251,7 +267,7 @@ def main() -> None:
 
     for side in args.sides:
         engines[side], theirs = context.Pipe()
-        body = (theirs, args.model, side, args.gigabytes, args.layers, f"{args.logs}/{side}.log")
+        body = (theirs, folder, side, args.gigabytes, f"{args.logs}/{side}.log")
         processes.append(context.Process(target=serve, args=body))
         processes[-1].start()
         theirs.close()
@@ -268,7 +284,6 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "start_seconds_side_by_side": starts,
     }
-    work, suffix = (LONG, f", {args.layers} layers") if args.layers else (WORK, "")
     seconds: dict[str, list[dict[str, float]]] = {what: [] for what in work}
     rooms: dict[str, float] = {}
     for number in range(-1, args.visits):
@@ -276,11 +291,11 @@ def main() -> None:
             say(f"visit {number + 1} of {args.visits}: {what}")
             if number >= 0:  # a run that is cut short has said what it saw
                 rates = points(work, seconds, suffix)
-                save(args.out, report, rates + room_points(rooms), seconds, bool(args.layers))
-        for side in [] if args.layers else engines:
+                save(args.out, report, rates + room_points(rooms), seconds, part)
+        for side in [] if part else engines:
             engines[side].send(("room", "", ()))
             rooms[side] = engines[side].recv()
-    save(args.out, report, rates + room_points(rooms), seconds, bool(args.layers))
+    save(args.out, report, rates + room_points(rooms), seconds, part)
     for connection in engines.values():
         connection.send(None)
     for process in processes:
