@@ -1,10 +1,14 @@
-"""Real servers for the contract over HTTP: each configuration starts once, one at a time, and is killed by its pid."""
+"""Real servers for the contract over HTTP: each configuration starts once, one at a time, and is killed by its pid.
+
+SERVE_OPTIONS: further options of each, for example of a card that others use too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +64,7 @@ class Config:
         args += ["--max-num-seqs", "8" if int(tokens) < 64 else "64"]
         args += ["--enforce-eager"] if compilation == "eager" else []
         args += ["--deterministic"] if mode == "det" else []
+        args += os.environ.get("SERVE_OPTIONS", "").split()
         return [*args, *(option for variant in variants for option in VARIANTS[variant])]
 
 

@@ -229,7 +229,7 @@ def test_an_update_of_a_paused_server(server, model, mode):
         alone = asked().result()
         kept = [parameter.clone() for parameter in model.parameters()]
         frozen = [asked()] if mode == "keep" else []
-        while frozen and server.metric("vllm:num_requests_running") == 0:
+        while frozen and not frozen[0].done() and server.metric("vllm:num_requests_running") == 0:
             pass
         live._ask("POST", f"/pause?mode={mode}")
         frozen.append(asked())
