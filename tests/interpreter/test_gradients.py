@@ -3,6 +3,8 @@ card (tests/gpu/test_train.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -72,6 +74,48 @@ def test_products_that_go_on_have_the_same_bits(dtype: torch.dtype) -> None:
     starts = {0: 202, 1: 207, 2: 0, 3: 131, 4: 132}
     again = [slice(starts[i], starts[i] + length) for i, length in enumerate(LENGTHS)]
     assert torch.equal(summed(*moved, [again]), at_once)
+    # What stands beside them is not read.
+    beside = [torch.nn.functional.pad(t, (0, 0, 0, 70), value=torch.nan) for t in (dy, x)]
+    assert torch.equal(summed(*beside, [spans()]), at_once)
     # The controls: another order, and tiles that do not begin with a sequence.
     assert not torch.equal(summed(dy, x, [spans()[::-1]]), at_once)
     assert not torch.equal(summed(dy, x, [[slice(0, sum(LENGTHS))]]), at_once)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(200,), (3, 72)])
+def test_sums_of_rows_that_go_on_have_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    terms = random(sum(LENGTHS), *shape, dtype=dtype)
+
+    def summed(groups: list[list[slice]]) -> torch.Tensor:
+        total = torch.ones(shape[-1])
+        for group in groups:
+            gradients.add_rows(total, terms, group)
+        return total
+
+    at_once = summed([spans()])
+    want = terms.double().reshape(-1, shape[-1]).sum(0) + 1
+    torch.testing.assert_close(at_once, want.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(summed([spans()[:2], spans()[2:]]), at_once)
+    # The controls, as above.
+    assert not torch.equal(summed([spans()[::-1]]), at_once)
+    assert not torch.equal(summed([[slice(0, sum(LENGTHS))]]), at_once)
+
+
+@dtypes
+def test_embeddings_are_added_row_after_row(dtype: torch.dtype) -> None:
+    dy = random(50, 1100, dtype=dtype)
+    ids = torch.randint(0, 9, (50,), generator=torch.Generator().manual_seed(1))
+
+    def summed(rows: Iterable[int], cut: int) -> torch.Tensor:
+        total, order = random(9, 1100, dtype=torch.float32, seed=2), torch.tensor(list(rows))
+        for part in (order[:cut], order[cut:]):
+            gradients.add_embeddings(total, dy[part], ids[part])
+        return total
+
+    want = random(9, 1100, dtype=torch.float32, seed=2)
+    for token, row in zip(ids, dy, strict=True):
+        want[token] += row.float()
+    assert torch.equal(summed(range(50), 17), want)
+    assert torch.equal(summed(range(50), 49), want)
+    assert not torch.equal(summed(reversed(range(50)), 17), want)  # the control: another order

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 from vllm_deterministic.kernels.attention import certify  # noqa: E402
 from vllm_deterministic.kernels.norm import rms  # noqa: E402
 
-from vllm_deterministic.train import accumulate, cuda, deterministic_forward, forward, logprobs  # noqa: E402
+from vllm_deterministic.train import accumulate, cuda, cuda_attention, deterministic_forward, forward, logprobs  # noqa: E402
 from vllm_deterministic.train.cuda_attention import CUDAAttention  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -58,6 +58,8 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (rms, "rms_norm", rms._norm),
         (rms, "fused_add_rms_norm", rms._add_norm),
         (certify, "prepare", lambda *_: None),
+        (cuda_attention, "_processors", lambda device: 32),  # eight of the model's sequences
+        (cuda_attention, "_ALONE", 19),
         (CUDAAttention, "_backward", attention_gradient),
     ):
         monkeypatch.setattr(where, name, stands)

@@ -39,7 +39,8 @@ def accumulate(
             chosen = order[start : start + micro_batch]
             scores = logprobs(model, [token_ids[i] for i in chosen], [firsts[i] for i in chosen], temperature)
             terms = [loss(index, each) for index, each in zip(chosen, scores, strict=True)]
-            torch.stack(terms).sum().backward()
-            for index, term in zip(chosen, terms, strict=True):
-                losses[index] = term.item()
+            stacked = torch.stack(terms)
+            stacked.sum().backward()
+            for index, term in zip(chosen, stacked.tolist(), strict=True):
+                losses[index] = term
     return losses

@@ -15,8 +15,8 @@ from vllm_deterministic.train.cpu_attention import CPUAttention as attention
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = [
-    "DTYPES", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
-    "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
+    "DTYPES", "Weights", "add_embeddings", "add_products", "add_rows", "attention", "joined", "norm", "norm_gradient",
+    "probabilities", "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,6 +84,20 @@ def add_products(sums: Tensors, dys: Tensors, x: torch.Tensor, spans: Sequence[s
                 part.add_(torch.mm(columns.t(), x[rows]))
         if len(sums) > 1:
             sums[1].add_(dy[rows].sum(dim=0, dtype=torch.float32))
+
+
+def add_rows(total: torch.Tensor, terms: torch.Tensor, spans: Sequence[slice]) -> None:
+    for rows in spans:
+        total.add_(terms[rows].reshape(-1, terms.shape[-1]).sum(dim=0))
+
+
+def add_embeddings(total: torch.Tensor, dy: torch.Tensor, ids: torch.Tensor, spans: Sequence[slice]) -> None:
+    for rows in spans:
+        # A token's rows first among themselves, in f32, one after the other: this operator has no atomics, and
+        # index_add_ then meets no token twice.
+        tokens, place = ids[rows].unique(return_inverse=True)
+        of_token = torch.ops.aten.embedding_dense_backward(dy[rows].float(), place, len(tokens), -1, False)
+        total.index_add_(0, tokens, of_token.to(total.dtype))
 
 
 def norm(

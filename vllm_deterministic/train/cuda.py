@@ -21,8 +21,8 @@ from vllm_deterministic.train.cuda_attention import CUDAAttention as attention
 from vllm_deterministic.train.sequences import Packed
 
 __all__ = [
-    "DTYPES", "Weights", "add_products", "attention", "joined", "norm", "norm_gradient", "probabilities",
-    "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
+    "DTYPES", "Weights", "add_embeddings", "add_products", "add_rows", "attention", "joined", "norm", "norm_gradient",
+    "probabilities", "scores", "silu_and_mul", "silu_and_mul_gradient", "snapshot", "spans", "stacks",
 ]  # fmt: skip
 
 DTYPES = (torch.bfloat16,)
@@ -93,8 +93,15 @@ def add_products(sums: Tensors, dys: Tensors, x: torch.Tensor, spans: Sequence[s
         for rows in spans:
             total.addmm_(dy[rows].t(), x[rows])
     for total, dy in zip(biases, dys, strict=False):
-        for rows in spans:
-            total.add_(dy[rows].sum(dim=0, dtype=torch.float32))
+        add_rows(total, dy, spans)
+
+
+add_rows = gradients.add_rows
+
+
+def add_embeddings(total: torch.Tensor, dy: torch.Tensor, ids: torch.Tensor, spans: Sequence[slice]) -> None:
+    del spans  # row after row, and the spans are in order
+    gradients.add_embeddings(total, dy, ids)
 
 
 def norm(

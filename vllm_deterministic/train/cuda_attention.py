@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from vllm_deterministic.kernels.attention.store import store
 from vllm_deterministic.train.attention import Attention
 
 __all__ = ["CUDAAttention"]
+
+_ALONE = 2048  # tokens beyond which a sequence's gradient has the card for itself; a part of the order
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass
@@ -51,7 +59,7 @@ _workspaces: dict[tuple[int, Heads, torch.dtype, torch.device], _Workspace] = {}
 class CUDAAttention(Attention):
     page = PAGE
 
-    @cached_property
+    @functools.cached_property
     def _workspace(self) -> _Workspace:
         heads = Heads(self.heads, self.kv_heads, PAGE)
         key = (self.size, heads, self.dtype, self.packed.device)
@@ -59,7 +67,7 @@ class CUDAAttention(Attention):
             _workspaces[key] = _Workspace.of(*key)
         return _workspaces[key]
 
-    @cached_property
+    @functools.cached_property
     def _step(self) -> tuple[Plan, Decode, Prefill | None]:
         """Work lists and schedules."""
         attention, longest = self._workspace.attention, max(self.packed.lengths)
@@ -80,16 +88,34 @@ class CUDAAttention(Attention):
     def backward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In folding sequence by sequence: FlashAttention splits keys by how many sequences there are."""
+        """In folding a sequence's gradient does not depend on the others."""
         if self.packed.folds is None:
             return self._backward(q, k, v, dout, self.starts, max(self.packed.lengths))
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for rows, length in zip(self.packed.slices(), self.packed.lengths, strict=True):
-            starts = torch.tensor([0, length], dtype=torch.int32, device=q.device)
-            found = self._backward(q[rows], k[rows], v[rows], dout[rows], starts, length)
+        for first, last, least in self._groups():
+            before, lengths = sum(self.packed.lengths[:first]), self.packed.lengths[first:last]
+            rows, empty = slice(before, before + sum(lengths)), max(0, least - len(lengths))
+            starts = torch.nn.functional.pad(self.starts[first : last + 1] - before, (0, empty), value=sum(lengths))
+            found = self._backward(q[rows], k[rows], v[rows], dout[rows], starts, max(lengths))
             for gradient, part in zip(gradients, found, strict=True):
                 gradient[rows] = part
         return gradients
+
+    def _groups(self) -> Iterator[tuple[int, int, int]]:
+        """The calls of `_backward`: first sequence, the one after the last, and how many there must seem to be.
+
+        FlashAttention cuts the keys into as many shares as it takes for all sequences and heads to fill the card. A
+        long sequence is cut: it has a call for itself. Short ones are not, for empty ones stand beside them until the
+        card is full.
+        """
+        first = 0
+        for long, group in itertools.groupby(length > _ALONE for length in self.packed.lengths):
+            last = first + len(list(group))
+            if long:
+                yield from ((i, i + 1, 1) for i in range(first, last))
+            else:
+                yield first, last, -(-_processors(self.packed.device) // self.heads)
+            first = last
 
     def _backward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, starts: torch.Tensor, longest: int
@@ -97,6 +123,7 @@ class CUDAAttention(Attention):
         """FlashAttention computes its own forward again, for the row sums that its backward needs."""
         flash, how = torch.ops.aten, {"scale": self.scale}
         q, k, v, dout = (part.view(len(part), -1, self.size) for part in (q, k, v, dout))
+        longest = max(longest, 2)  # a batch of single tokens would run another kernel
         rows = (starts, starts, longest, longest)
         with _deterministic():
             out, sums, *random, _ = flash._flash_attention_forward(q, k, v, *rows, 0.0, True, False, **how)

@@ -48,6 +48,12 @@ class Device(Protocol):
     def add_products(self, sums: Tensors, dys: Tensors, x: torch.Tensor, spans: Sequence[slice]) -> None:
         """Adds the gradients of weights and biases to `sums`, in their dtype, span after span."""
 
+    def add_rows(self, total: torch.Tensor, terms: torch.Tensor, spans: Sequence[slice]) -> None:
+        """Adds the terms of a vector [size] up, span after span. terms: [rows, size] or [rows, heads, size]."""
+
+    def add_embeddings(self, total: torch.Tensor, dy: torch.Tensor, ids: torch.Tensor, spans: Sequence[slice]) -> None:
+        """total[ids[r]] += dy[r], span after span. ids: [rows] i64."""
+
     def norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

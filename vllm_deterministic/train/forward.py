@@ -39,7 +39,7 @@ class Decoder:
         self.device = device_of(self.place.type)
         self.vocabulary = config.vocab_size
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.embedding = Embedding(base.embed_tokens, dtype)
+        self.embedding = Embedding(base.embed_tokens, self.device, dtype)
         self.cos_sin = _cos_sin(self.size, config, dtype, self.place)
         normed = MODELS[type(model).__name__]
         self.layers = [_Layer(layer, self, normed) for layer in base.layers]

@@ -1,10 +1,10 @@
 """The order in which gradients are added up.
 
 Inside `accumulate` the gradient of a parameter is a fold over sequences: g = (((0 + g_1) + g_2) + …) + g_n in f32,
-where g_i depends on sequence i, the weights and, on CPU, the number of threads, and on nothing else. (On a card a
-weight's fold goes row by row: gradients.add_product of kernels/.) The fold goes on from one backward pass to the next,
-so how sequences are cut into micro-batches changes no bit. A parameter used twice (a tied embedding) has a fold for
-each use.
+where g_i depends on sequence i, the weights and, on CPU, the number of threads, and on nothing else. (On a card the
+fold goes by a sequence's rows, or tiles of them: gradients.py of kernels/.) The fold goes on from one backward pass to
+the next, so how sequences are cut into micro-batches changes no bit. A parameter used twice (a tied embedding) has a
+fold for each use.
 
 Any other backward pass takes all its rows at once, in the parameter's own dtype: one product of the library, faster,
 the same bits for the same batch.

@@ -59,8 +59,7 @@ class _Norm(torch.autograd.Function):
             return dx, dx if ctx.adding else None, None, None, None
 
         def add(sums: Sequence[torch.Tensor], spans: Sequence[slice]) -> None:
-            for rows in spans:
-                sums[0].add_(terms[rows].reshape(-1, terms.shape[-1]).sum(dim=0))
+            ctx.norm.device.add_rows(sums[0], terms, spans)
 
         (dweight,) = fold(ctx.norm, [[ctx.norm.norm.weight]], ctx.packed, add)
         return dx, dx if ctx.adding else None, None, None, dweight

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_deterministic.train.device import Weights
+from vllm_deterministic.train.device import Device, Weights
 from vllm_deterministic.train.gradients import fold
 from vllm_deterministic.train.linear import Linear
 from vllm_deterministic.train.sequences import Packed
@@ -18,8 +18,8 @@ __all__ = ["Embedding", "token_logprobs"]
 class Embedding:
     """The server's embedding with the model's weight. dtype: the server's."""
 
-    def __init__(self, layer: torch.nn.Embedding, dtype: torch.dtype) -> None:
-        self.layer, self.dtype = layer, dtype
+    def __init__(self, layer: torch.nn.Embedding, device: Device, dtype: torch.dtype) -> None:
+        self.layer, self.device, self.dtype = layer, device, dtype
 
     def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """ids: [rows] i64; returns [rows, H]."""
@@ -38,12 +38,7 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
 
         def add(sums: Sequence[torch.Tensor], spans: Sequence[slice]) -> None:
-            for rows in spans:
-                # A token's rows first among themselves, in f32, one after the other: this operator has no atomics, and
-                # index_add_ then meets no token twice.
-                tokens, place = ids[rows].unique(return_inverse=True)
-                of_token = torch.ops.aten.embedding_dense_backward(dy[rows].float(), place, len(tokens), -1, False)
-                sums[0].index_add_(0, tokens, of_token.to(sums[0].dtype))
+            ctx.layer.device.add_embeddings(sums[0], dy, ids, spans)
 
         return None, None, None, *fold(ctx.layer, [[ctx.layer.layer.weight]], ctx.packed, add)
 
