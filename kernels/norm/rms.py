@@ -35,25 +35,29 @@ def tile(size: int) -> tuple[int, int, int]:
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
-    X, RESIDUAL, WEIGHT, OUT, SUM, rows, inner, x_outer, x_inner, r_outer, r_inner, epsilon, divisor,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    X, RESIDUAL, WEIGHT, OUT, SUM, rows, x_outer, x_inner, r_outer, r_inner, epsilon, divisor,
+    INNER: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of rows. Row r stands at outer r // inner, inner r % inner; OUT and SUM are contiguous."""
+    """Grid: tiles of rows. Row r stands at outer r // INNER, inner r % INNER; OUT and SUM are contiguous."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
     mask = (row < rows)[:, None] & (column < SIZE)[None, :]
     here = row[:, None] * SIZE + column[None, :]
-    x = tl.load(X + (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :], mask=mask, other=0.0)
+    if WEIGHT is not None:
+        # A copy for each row, so that no lanes have to exchange it; and kept ahead of the row by a barrier, or else the
+        # assembler would move it below the sum, to be waited for once more.
+        weight = tl.load(WEIGHT + tl.zeros_like(here) + column[None, :], mask=mask, other=0.0)
+        tl.debug_barrier()
+    x = tl.load(X + (row // INNER * x_outer + row % INNER * x_inner)[:, None] + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     if RESIDUAL is not None:
-        where = (row // inner * r_outer + row % inner * r_inner)[:, None] + column[None, :]
+        where = (row // INNER * r_outer + row % INNER * r_inner)[:, None] + column[None, :]
         x += tl.load(RESIDUAL + where, mask=mask, other=0.0).to(tl.float32)
         tl.store(SUM + here, x.to(SUM.dtype.element_ty), mask=mask)
     mean = tl.sum(x * x, axis=1) / divisor
     x *= tl.rsqrt(mean + epsilon)[:, None]
     if WEIGHT is not None:
-        weight = tl.load(WEIGHT + column, mask=column < SIZE, other=0.0)
-        x = x.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+        x = x.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
         x = x.to(weight.dtype)
     tl.store(OUT + here, x.to(OUT.dtype.element_ty), mask=mask)
 
@@ -76,7 +80,7 @@ class _Layout:
 
     def __init__(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
         self.size, unit = x.shape[-1], _ALIGNED // x.element_size()
-        inner = x.shape[1] if x.dim() == 3 else 1
+        self.inner = x.shape[1] if x.dim() == 3 else 1
         strides = (*_strides(x), *((0, 0) if residual is None else _strides(residual)))
         operands = [t for t in (x, residual, weight) if t is not None]
         adjacent = all(t.stride(-1) == 1 for t in operands)
@@ -84,11 +88,12 @@ class _Layout:
             said = [(tuple(t.shape), t.stride()) for t in operands]
             raise ValueError(f"a norm of these shapes and strides is not covered: {said}")
         self.tile = tile(self.size)[0]
-        self.numbers = (inner, *strides)
+        self.strides = strides
 
     def constants(self) -> dict[str, Any]:
         each, padded, warps = tile(self.size)
-        return {"SIZE": self.size, "ROWS": each, "PADDED": padded, "num_warps": warps, "enable_fp_fusion": False}
+        shape = {"INNER": self.inner, "SIZE": self.size, "ROWS": each, "PADDED": padded}
+        return {**shape, "num_warps": warps, "enable_fp_fusion": False}
 
 
 # Outside of CUDA graphs each norm of each step comes here: what was covered once is looked up.
@@ -112,7 +117,7 @@ def _launch(
         raise ValueError(f"a norm of operands that do not start at multiples of {_ALIGNED} bytes is not covered")
     _compiled.launch(
         layout, (-(-rows // layout.tile), 1, 1),
-        x, residual, weight, out, total, rows, *layout.numbers, epsilon, float(layout.size), constants=layout.constants,
+        x, residual, weight, out, total, rows, *layout.strides, epsilon, float(layout.size), constants=layout.constants,
     )  # fmt: skip
     return out, total
 

@@ -15,8 +15,8 @@ from .row import clean, logit_of, rank_of, token_of
 
 __all__ = ["draw"]
 
-LANES = 1024
-TILE = 4 * LANES
+LANES = 1024  # a free schedule, as is how many rows are few: they get four programs for each of these
+FEW_ROWS = 8
 
 
 @triton.jit
@@ -84,13 +84,14 @@ def draw(
     positions: [rows] integer, absolute. thresholds: [rows] i64 as select.thresholds gives them; None keeps all tokens.
     """
     rows, vocab = x.shape
-    slices = triton.cdiv(vocab, TILE)
+    lanes = LANES // 4 if rows <= FEW_ROWS else LANES
+    slices = triton.cdiv(vocab, 4 * lanes)
     best = x.new_empty((rows, slices), dtype=torch.int64)
     out = x.new_empty(rows, dtype=torch.int64)
     if rows:
         _draw_slice[(rows, slices)](
             x, x.stride(0), thresholds, requests.contiguous(), temperatures, seeds, positions.contiguous(), best, vocab,
-            slices, LANES=LANES, enable_fp_fusion=False, num_warps=8,
+            slices, LANES=lanes, enable_fp_fusion=False, num_warps=8,
         )  # fmt: skip
         _draw_row[(rows,)](best, out, slices, SLICES_PAD=triton.next_power_of_2(slices), num_warps=1)
     return out

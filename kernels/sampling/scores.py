@@ -21,7 +21,7 @@ _ALL = tl.constexpr(1)
 @triton.jit(do_not_specialize=["n"])
 def _best(
     X, x_row, SLICES, STATE, BUFFER, THRESHOLDS, KEPT, OUT, vocab, slices, n, N_PAD: tl.constexpr,
-    CAPACITY: tl.constexpr, CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
+    BINS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows. The tokens from the threshold upwards, exactly n of them, in descending rank."""
     row = tl.program_id(0).to(tl.int64)
@@ -29,7 +29,7 @@ def _best(
     threshold = tl.load(THRESHOLDS + row)
     found = tl.zeros((), tl.int32)
     for i in range(0, place_count(STATE, row, vocab, CAPACITY), CHUNK):
-        ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
+        ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, BINS, CAPACITY)
         keep = (ranks >= threshold) & (ranks >= 0)
         at = found + tl.cumsum(keep.to(tl.int32), axis=0) - 1
         tl.store(KEPT + row * N_PAD + at, ranks, mask=keep & (at < n))
@@ -86,7 +86,8 @@ class Scores:
             kept = x.new_empty((rows, pad), dtype=torch.int64)
             _best[(rows,)](
                 x, x.stride(0), passes.slices, passes.state, passes.buffer, passes.threshold(), kept, self.best,
-                passes.vocab, passes.grid[1], n, N_PAD=pad, CAPACITY=CAPACITY, CHUNK=CHUNK, SLICES_PAD=passes.pad,
+                passes.vocab, passes.grid[1], n, N_PAD=pad, BINS=passes.bins, CAPACITY=CAPACITY, CHUNK=CHUNK,
+                SLICES_PAD=passes.pad,
             )  # fmt: skip
         else:
             self.best = x.new_empty((rows, 0), dtype=torch.int64)

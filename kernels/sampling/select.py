@@ -20,11 +20,16 @@ from .row import MOST_TOKENS, clean, logit_of, mass_of, rank_of
 
 __all__ = ["CAPACITY", "CHUNK", "Passes", "candidates", "drop_below", "place_count", "row_top", "thresholds"]
 
+# Free schedules: a batch of few rows gets four programs for each of TILE tokens and bins four times as fine. The latter
+# cost every program, and leave so few tokens to search among that they stay in registers.
 TILE = 4096
+FEW_ROWS = 8
+FINER = 4
 GROUP = 32
 BINS = 256
 CAPACITY = 8192  # gathered tokens of a row; a row that needs more (nearly all logits equal) is read again instead
 CHUNK = 1024
+SEARCH_WARPS = 16
 
 _BINS = tl.constexpr(BINS)
 _GROUP = tl.constexpr(GROUP)
@@ -55,7 +60,7 @@ def _limits(K, P, row, vocab):
 
 @triton.jit
 def row_top(SLICES, row, slices, SLICES_PAD: tl.constexpr):
-    """The row's largest logit, and bins per unit of distance from it. Maxima only: the same in every kernel."""
+    """The row's largest logit, and BINS per unit of distance from it. Maxima only: the same in every kernel."""
     at = tl.arange(0, SLICES_PAD)
     base = SLICES + row * slices * 2 + at * 2
     top = tl.max(tl.load(base, mask=at < slices, other=float("-inf")), axis=0)
@@ -67,14 +72,15 @@ def row_top(SLICES, row, slices, SLICES_PAD: tl.constexpr):
 
 
 @triton.jit
-def _bin(x, top, scale):
+def _bin(x, top, scale, BINS: tl.constexpr):
     distance = tl.where(x == top, 0.0, top - x) * scale
-    return tl.minimum(distance, _BINS - 1.0).to(tl.int32)
+    return tl.minimum(distance * (BINS // _BINS), BINS - 1.0).to(tl.int32)
 
 
 @triton.jit
 def _maxima(
-    X, x_row, K, P, SLICES, GROUPS, HISTOGRAM, STATE, vocab, slices, EVERY: tl.constexpr, TILE: tl.constexpr
+    X, x_row, K, P, SLICES, GROUPS, HISTOGRAM, STATE, vocab, slices, EVERY: tl.constexpr, TILE: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, slices. The largest logit of each group, of the slice, the mean of its finite ones, a clean slate."""
     row = tl.program_id(0).to(tl.int64)
@@ -93,12 +99,12 @@ def _maxima(
         tl.store(SLICES + (row * slices + part) * 2 + 1, tl.where(count > 0, mean, float("-inf")))
         if part == 0:
             tl.store(STATE + row * 8 + tl.arange(0, 8), tl.zeros((8,), tl.int64))
-            tl.store(HISTOGRAM + row * _BINS + tl.arange(0, _BINS), tl.zeros((_BINS,), tl.int32))
+            tl.store(HISTOGRAM + row * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
 
 
 @triton.jit
 def _histogram(
-    X, x_row, K, P, SLICES, HISTOGRAM, vocab, slices, TILE: tl.constexpr, SLICES_PAD: tl.constexpr
+    X, x_row, K, P, SLICES, HISTOGRAM, vocab, slices, TILE: tl.constexpr, BINS: tl.constexpr, SLICES_PAD: tl.constexpr
 ):  # fmt: skip
     """Grid: rows, slices. For the rows whose k is not small."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,43 +113,46 @@ def _histogram(
         top, scale = row_top(SLICES, row, slices, SLICES_PAD)
         token = tl.program_id(1) * TILE + tl.arange(0, TILE)
         x = clean(tl.load(X + row * x_row + token, mask=token < vocab, other=float("-inf")))
-        counts = tl.histogram(_bin(x, top, scale), _BINS, mask=x > float("-inf"))
-        where = HISTOGRAM + row * _BINS + tl.arange(0, _BINS)
+        counts = tl.histogram(_bin(x, top, scale, BINS), BINS, mask=x > float("-inf"))
+        where = HISTOGRAM + row * BINS + tl.arange(0, BINS)
         tl.atomic_add(where, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
 def _bracket(
     K, P, SLICES, GROUPS, HISTOGRAM, STATE, vocab, slices, FROM_TOP: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows. The bins in which the last kept token can lie."""
     row = tl.program_id(0).to(tl.int64)
     k, p = _limits(K, P, row, vocab)
     if (k < vocab) | (p < 1.0):
         top, scale = row_top(SLICES, row, slices, SLICES_PAD)
-        bins = tl.arange(0, _BINS)
         first = tl.full((), 0, tl.int32)
         above = tl.full((), 0, tl.int32)
         if FROM_TOP | (k <= vocab // _FEW):
             groups = slices * (TILE // _GROUP)
-            counts = tl.zeros((_BINS,), tl.int32)
+            coarse = tl.arange(0, _BINS)
+            tops = tl.zeros((_BINS,), tl.int32)
             for i in range(0, groups, CHUNK):
                 at = i + tl.arange(0, CHUNK)
                 largest = tl.load(GROUPS + row * groups + at, mask=at < groups, other=float("-inf"))
-                counts += tl.histogram(_bin(largest, top, scale), _BINS, mask=largest > float("-inf"))
-            last = tl.min(tl.where(tl.cumsum(counts, axis=0) >= k, bins, _BINS - 1), axis=0)
+                tops += tl.histogram(_bin(largest, top, scale, _BINS), _BINS, mask=largest > float("-inf"))
+            last = tl.min(tl.where(tl.cumsum(tops, axis=0) >= k, coarse, _BINS - 1), axis=0)
+            last = (last + 1) * (BINS // _BINS) - 1
         else:
-            counts = tl.load(HISTOGRAM + row * _BINS + bins)
+            bins = tl.arange(0, BINS)
+            counts = tl.load(HISTOGRAM + row * BINS + bins)
             upto = tl.cumsum(counts, axis=0)
-            last = tl.min(tl.where(upto >= k, bins, _BINS - 1), axis=0)
+            last = tl.min(tl.where(upto >= k, bins, BINS - 1), axis=0)
             first = last
             if p < 1.0:
                 # Bounds of each bin's mass; 1e-5 and 1.001 outweigh f32's errors and those of exp.
                 kept = tl.minimum(tl.maximum(k - (upto - counts), 0), counts).to(tl.float32)
+                scale *= BINS // _BINS
                 edge = bins.to(tl.float32) / scale
                 most = kept * tl.exp(-edge) * 1.00001
-                least = tl.where(bins < _BINS - 1, kept * tl.exp(-edge - 1.0 / scale) * 0.99999, 0.0)
+                least = tl.where(bins < BINS - 1, kept * tl.exp(-edge - 1.0 / scale) * 0.99999, 0.0)
                 most_upto, least_upto = tl.cumsum(most, axis=0), tl.cumsum(least, axis=0)
                 most_after = tl.sum(most, axis=0) - most_upto
                 least_after = tl.sum(least, axis=0) - least_upto
@@ -151,9 +160,9 @@ def _bracket(
                 # The mass up to a bin reaches p of the whole if it is p / (1 - p) of the mass after it.
                 can = (most_upto * (1.0 - p) * 1.001 + slack >= p * least_after) & (kept > 0.0)
                 must = least_upto * (1.0 - p) >= p * most_after * 1.001 + slack
-                first = tl.minimum(tl.min(tl.where(can, bins, _BINS - 1), axis=0), last)
+                first = tl.minimum(tl.min(tl.where(can, bins, BINS - 1), axis=0), last)
                 if k >= vocab:
-                    last = tl.maximum(tl.min(tl.where(must, bins, _BINS - 1), axis=0), first)
+                    last = tl.maximum(tl.min(tl.where(must, bins, BINS - 1), axis=0), first)
             above = tl.sum(tl.where(bins < first, counts, 0), axis=0)
         tl.store(STATE + row * 8 + _FIRST, first.to(tl.int64))
         tl.store(STATE + row * 8 + _LAST, last.to(tl.int64))
@@ -163,7 +172,7 @@ def _bracket(
 @triton.jit
 def _gather(
     X, x_row, K, P, NAMED, SLICES, STATE, BUFFER, vocab, slices, GATHER: tl.constexpr, TILE: tl.constexpr,
-    CAPACITY: tl.constexpr, SLICES_PAD: tl.constexpr,
+    BINS: tl.constexpr, CAPACITY: tl.constexpr, SLICES_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, slices. Gathers the bracket's tokens, in any order, and adds up the masses around it.
 
@@ -178,7 +187,7 @@ def _gather(
         top, scale = row_top(SLICES, row, slices, SLICES_PAD)
         state = STATE + row * 8
         if GATHER:
-            bins = _bin(x, top, scale)
+            bins = _bin(x, top, scale, BINS)
             first = tl.load(state + _FIRST).to(tl.int32)
             last = tl.load(state + _LAST).to(tl.int32)
             wanted = (bins >= first) & (bins <= last) & (x > float("-inf"))
@@ -200,7 +209,7 @@ def _gather(
 
 
 @triton.jit
-def candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, CAPACITY: tl.constexpr):
+def candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, BINS: tl.constexpr, CAPACITY: tl.constexpr):
     """The ranks at places `at` of the gathered tokens, -1 where there is none. Their number: `place_count`."""
     state = STATE + row * 8
     count = tl.load(state + _COUNT)
@@ -208,7 +217,7 @@ def candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, CAPACITY: tl
         ranks = tl.load(BUFFER + row * CAPACITY + at, mask=at < count, other=-1)
     else:
         x = clean(tl.load(X + row * x_row + at, mask=at < vocab, other=float("-inf")))
-        bins = _bin(x, top, scale)
+        bins = _bin(x, top, scale, BINS)
         inside = (bins >= tl.load(state + _FIRST)) & (bins <= tl.load(state + _LAST)) & (x > float("-inf"))
         ranks = tl.where(inside, rank_of(x, at), -1)
     return ranks
@@ -231,28 +240,30 @@ def _weight(ranks, top, BY_MASS: tl.constexpr):
 
 @triton.jit
 def _reached(ranks, weight, pivots):
-    return tl.sum(tl.where(ranks[None, :] >= pivots[:, None], weight[None, :], 0), axis=1)
+    """[8] the weight from each pivot upwards. Pivots lie along a warp's lanes, so that few of them meet in a sum."""
+    return tl.sum(tl.where(ranks[:, None] >= pivots[None, :], weight[:, None], 0), axis=0)
 
 
 @triton.jit
 def _search(
-    X, x_row, BUFFER, STATE, row, vocab, top, scale, target, BY_MASS: tl.constexpr, CAPACITY: tl.constexpr,
-    CHUNK: tl.constexpr,
+    X, x_row, BUFFER, STATE, row, vocab, top, scale, target, BY_MASS: tl.constexpr, BINS: tl.constexpr,
+    CAPACITY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The highest rank such that the candidates from it upwards number, or weigh, `target` or more; 0 where all of them
     do not."""
     places = place_count(STATE, row, vocab, CAPACITY)
-    low = tl.full((), 1 << 52, tl.int64)
-    high = tl.zeros((), tl.int64)
-    whole = tl.zeros((), tl.int64)
-    for i in range(0, places, CHUNK):
-        ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
+    # Most often one chunk holds them all: it stays in registers.
+    head = candidates(X, x_row, BUFFER, STATE, row, tl.arange(0, CHUNK), vocab, top, scale, BINS, CAPACITY)
+    head_weight = _weight(head, top, BY_MASS)
+    low = tl.min(tl.where(head >= 0, head, 1 << 52), axis=0)
+    high = tl.maximum(tl.max(head, axis=0), 0)
+    whole = tl.sum(head_weight, axis=0)
+    for i in range(CHUNK, places, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        ranks = candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, BINS, CAPACITY)
         low = tl.minimum(low, tl.min(tl.where(ranks >= 0, ranks, 1 << 52), axis=0))
         high = tl.maximum(high, tl.max(ranks, axis=0))
         whole += tl.sum(_weight(ranks, top, BY_MASS), axis=0)
-    # Most often one chunk holds them all: it stays in registers.
-    head = candidates(X, x_row, BUFFER, STATE, row, tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
-    head_weight = _weight(head, top, BY_MASS)
     if whole < target:
         low = tl.zeros((), tl.int64)
         high = tl.zeros((), tl.int64)
@@ -262,7 +273,8 @@ def _search(
         pivots = low + tl.arange(0, 8) * step
         reached = _reached(head, head_weight, pivots)
         for i in range(CHUNK, places, CHUNK):
-            ranks = candidates(X, x_row, BUFFER, STATE, row, i + tl.arange(0, CHUNK), vocab, top, scale, CAPACITY)
+            at = i + tl.arange(0, CHUNK)
+            ranks = candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, BINS, CAPACITY)
             reached += _reached(ranks, _weight(ranks, top, BY_MASS), pivots)
         passed = tl.maximum(tl.sum((reached >= target).to(tl.int64), axis=0), 1) - 1
         low += passed * step
@@ -272,8 +284,8 @@ def _search(
 
 @triton.jit
 def _threshold(
-    X, x_row, K, P, SLICES, STATE, BUFFER, OUT, vocab, slices, CAPACITY: tl.constexpr, CHUNK: tl.constexpr,
-    SLICES_PAD: tl.constexpr,
+    X, x_row, K, P, SLICES, STATE, BUFFER, OUT, vocab, slices, BINS: tl.constexpr, CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr, SLICES_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows. The rank of the last token that is kept; 0 for a row without limits."""
     row = tl.program_id(0).to(tl.int64)
@@ -284,19 +296,19 @@ def _threshold(
         above = tl.load(STATE + row * 8 + _ABOVE)
         if k < vocab:
             target = k.to(tl.int64) - tl.load(STATE + row * 8 + _TOKENS_ABOVE)
-            threshold = _search(X, x_row, BUFFER, STATE, row, vocab, top, scale, target, False, CAPACITY, CHUNK)
+            threshold = _search(X, x_row, BUFFER, STATE, row, vocab, top, scale, target, False, BINS, CAPACITY, CHUNK)
         if p < 1.0:
             total = tl.load(STATE + row * 8 + _ALL)
             if k < vocab:  # the nucleus is one of the top k
                 total = above
                 for i in range(0, place_count(STATE, row, vocab, CAPACITY), CHUNK):
                     at = i + tl.arange(0, CHUNK)
-                    ranks = candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, CAPACITY)
+                    ranks = candidates(X, x_row, BUFFER, STATE, row, at, vocab, top, scale, BINS, CAPACITY)
                     mass = mass_of(logit_of(tl.maximum(ranks, 0)), top)
                     total += tl.sum(tl.where((ranks >= threshold) & (ranks >= 0), mass, 0), axis=0)
             target = tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
             target = tl.maximum(tl.minimum(target, total) - above, 1)
-            nucleus = _search(X, x_row, BUFFER, STATE, row, vocab, top, scale, target, True, CAPACITY, CHUNK)
+            nucleus = _search(X, x_row, BUFFER, STATE, row, vocab, top, scale, target, True, BINS, CAPACITY, CHUNK)
             threshold = tl.maximum(threshold, nucleus)
     tl.store(OUT + row, threshold)
 
@@ -329,17 +341,18 @@ class Passes:
         rows, self.vocab = self.x.shape
         if self.vocab > MOST_TOKENS or self.x.stride(1) != 1:
             raise ValueError(f"logits of shape {tuple(self.x.shape)} and strides {self.x.stride()} are not covered")
-        self.grid = (rows, triton.cdiv(self.vocab, TILE))
+        self.tile, self.bins = (TILE // FINER, BINS * FINER) if rows <= FEW_ROWS else (TILE, BINS)
+        self.grid = (rows, triton.cdiv(self.vocab, self.tile))
         self.pad = triton.next_power_of_2(self.grid[1])
         self.slices = self.x.new_empty((rows, self.grid[1], 2), dtype=torch.float32)
         self.state = self.x.new_empty((rows, STATE), dtype=torch.int64)
-        self.groups = self.x.new_empty((rows, self.grid[1] * TILE // GROUP), dtype=torch.float32)
-        self.histogram = self.x.new_empty((rows, BINS), dtype=torch.int32)
+        self.groups = self.x.new_empty((rows, self.grid[1] * self.tile // GROUP), dtype=torch.float32)
+        self.histogram = self.x.new_empty((rows, self.bins), dtype=torch.int32)
         self.buffer = self.state  # until something is gathered
         self._row = (self.x, self.x.stride(0), self.k, self.p)
         _maxima[self.grid](
             *self._row, self.slices, self.groups, self.histogram, self.state, self.vocab, self.grid[1],
-            EVERY=self.k is None and self.p is None, TILE=TILE, num_warps=8,
+            EVERY=self.k is None and self.p is None, TILE=self.tile, BINS=self.bins, num_warps=8,
         )  # fmt: skip
 
     def gather(self, *, named: torch.Tensor | None = None, from_top: bool = False, tokens: bool = True) -> None:
@@ -350,22 +363,23 @@ class Passes:
             self.buffer = self.x.new_empty((self.grid[0], CAPACITY), dtype=torch.int64)
             if not from_top:
                 _histogram[self.grid](
-                    *self._row, self.slices, self.histogram, *size, TILE=TILE, SLICES_PAD=self.pad, num_warps=8
-                )
+                    *self._row, self.slices, self.histogram, *size, TILE=self.tile, BINS=self.bins, SLICES_PAD=self.pad,
+                    num_warps=8,
+                )  # fmt: skip
             _bracket[self.grid[:1]](
                 self.k, self.p, self.slices, self.groups, self.histogram, self.state, *size, FROM_TOP=from_top,
-                TILE=TILE, CHUNK=CHUNK, SLICES_PAD=self.pad,
+                TILE=self.tile, BINS=self.bins, CHUNK=CHUNK, SLICES_PAD=self.pad,
             )  # fmt: skip
         _gather[self.grid](
-            *self._row, named, self.slices, self.state, self.buffer, *size, GATHER=tokens, TILE=TILE,
-            CAPACITY=CAPACITY, SLICES_PAD=self.pad, num_warps=8,
+            *self._row, named, self.slices, self.state, self.buffer, *size, GATHER=tokens, TILE=self.tile,
+            BINS=self.bins, CAPACITY=CAPACITY, SLICES_PAD=self.pad, num_warps=8,
         )  # fmt: skip
 
     def threshold(self) -> torch.Tensor:
         out = self.state.new_empty(self.grid[0])
         _threshold[self.grid[:1]](
-            *self._row, self.slices, self.state, self.buffer, out, self.vocab, self.grid[1], CAPACITY=CAPACITY,
-            CHUNK=CHUNK, SLICES_PAD=self.pad, num_warps=8,
+            *self._row, self.slices, self.state, self.buffer, out, self.vocab, self.grid[1], BINS=self.bins,
+            CAPACITY=CAPACITY, CHUNK=CHUNK, SLICES_PAD=self.pad, num_warps=SEARCH_WARPS,
         )  # fmt: skip
         return out
 

@@ -24,11 +24,10 @@ LIMITS = [(VOCAB, 1.0), (20, 1.0), (VOCAB, 0.9), (50, 0.8), (1, 1.0), (700, 0.99
 def _small_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schedules are free, and the interpreter is slow."""
     for module, name, value in (
-        (select, "TILE", 512),
+        (select, "TILE", 2048),
         (select, "CHUNK", 512),
         (scores_module, "CHUNK", 512),
-        (draw_module, "LANES", 128),
-        (draw_module, "TILE", 512),
+        (draw_module, "LANES", 512),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -87,8 +86,9 @@ def test_the_threshold_is_the_rank_of_the_last_kept_token(monkeypatch: pytest.Mo
     """Not merely a number below it: then it is the same however the bracket was drawn."""
     x, (k, p) = rows("ties"), limits()
     found = select.thresholds(x, k, p)
-    monkeypatch.setattr(select, "TILE", 1024)
-    assert torch.equal(select.thresholds(x, k, p), found)
+    for name, value in (("TILE", 1024), ("FEW_ROWS", 0), ("TILE", 512)):  # finer slices, coarser bins, both
+        monkeypatch.setattr(select, name, value)
+        assert torch.equal(select.thresholds(x, k, p), found), name
     assert found[0] == 0  # without limits
     for row, (limit, _) in list(enumerate(LIMITS))[1:]:
         tokens = kept(x[row], limit, float(p[row])).nonzero()[:, 0]
