@@ -6,8 +6,8 @@ computes once for all layers (FlashAttention's scheduler metadata, our plan) is 
 another order each time and each behind a run of its own that is not measured: a card at its power limit is as fast as
 what ran before lets it be. A ratio is the median over the turns, with a bootstrap interval of 95 %.
 
-usage: benchmarks/attention.py [--repeats 9] [--tune] [--parts accuracy decode middle prefill] [--out
-benchmarks/results/attention.json]
+usage: benchmarks/attention.py [--repeats 9] [--tune [SCHEDULE ...]] [--parts accuracy decode middle prefill]
+[--out benchmarks/results/attention.json]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 128
 KEY_BYTES = 2 * KV_HEADS * HEAD_SIZE * 2
 DECODE_POINTS = [(b, k) for b in (1, 4, 8, 32, 128) for k in (512, 2048, 8192, 32768)] + [(1, 131072), (4, 131072)]
 MIDDLE_POINTS = [(b, k, n) for n in (2, 5, 16) for b, k in ((1, 8192), (32, 2048))]
-PREFILL_POINTS = [(1, 4096, 4096), (4, 4096, 4096), (1, 32768, 32768), (16, 30720, 2048)]
+PREFILL_POINTS = [(1, 4096, 4096), (4, 4096, 4096), (1, 8192, 8192), (1, 32768, 32768), (16, 30720, 2048)]
 DEVICE = torch.device("cuda", 0)
 Call = Callable[[], Any]
 
@@ -162,7 +162,7 @@ def rescore(path: Path) -> None:
     attention = Attention(tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu"))
     attention.hopper, attention.multiprocessors = True, 132
     for turn in result["turns"]:
-        decode, prefill = attention.schedules(turn["batch"], turn["queries"])
+        decode, prefill = attention.schedules(turn["batch"], turn["queries"], turn["keys"])
         kept += points(turn, (prefill or decode).name)
     result["points"] = kept
     write(path, result)
@@ -190,7 +190,7 @@ def accuracy() -> list[dict[str, Any]]:
     for i, kind in enumerate(sequences.kinds):
         for end in (1024, 4096):
             first = end - 512
-            decode, prefill = attention.schedules(1, 512)
+            decode, prefill = attention.schedules(1, 512, end)
             want = sequences.exact(i, first, end)
             got = sequences.run([(i, first, end)], decode, prefill, torch.bfloat16)
             q, k, v = (x[:end].contiguous() for x in sequences.data[i])
@@ -214,7 +214,7 @@ def accuracy() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tune", action="store_true", help="time every schedule, not only the chosen one")
+    parser.add_argument("--tune", nargs="*", help="time these schedules too (default: every one), not only the chosen")
     parser.add_argument("--without", nargs="*", default=[], help="schedules that certification dropped")
     parser.add_argument("--parts", nargs="+", default=["accuracy", "decode", "middle", "prefill"])
     parser.add_argument("--gigabytes", type=float, default=20.0, help="of KV cache to scatter pages in")
@@ -239,8 +239,6 @@ def main() -> None:
             print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
         write(arguments.out, result)
 
-    if "accuracy" in arguments.parts:
-        add(accuracy())
     tree, heads = tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE)
     attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
     pool = torch.empty(
@@ -256,21 +254,21 @@ def main() -> None:
         half.normal_()
 
     attention.allowed = {schedule.name for schedule in (*DECODE, *PREFILL)} - set(arguments.without)
+    eligible = {s.name for s in (*DECODE, *PREFILL) if s.eligible(tree, heads, True)} & attention.allowed
+    rivals = set() if arguments.tune is None else eligible & set(arguments.tune or eligible)
 
     def compare(what: str, batch: int, keys: int, queries: int) -> None:
         case = Case(pool, batch, keys, queries)
-        decode, prefill = attention.schedules(batch, queries)
+        decode, prefill = attention.schedules(batch, queries, keys)
         mine: dict[str, Callable[[], list[Call]]] = {}
         chosen = (prefill or decode).name
         mine[chosen] = lambda: case.ours(attention, decode, prefill)
-        if arguments.tune:
-            for other in PREFILL if prefill else ():
-                if other.eligible(tree, heads, True) and other is not prefill and other.name in attention.allowed:
-                    mine[other.name] = lambda other=other: case.ours(attention, decode, other)
-            for rival in () if prefill else DECODE:
-                fits = rival.eligible(tree, heads, True) and rival.name in attention.allowed
-                if fits and rival is not decode:
-                    mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
+        for other in PREFILL if prefill else ():
+            if other.name in rivals and other is not prefill:
+                mine[other.name] = lambda other=other: case.ours(attention, decode, other)
+        for rival in () if prefill else DECODE:
+            if rival.name in rivals and rival is not decode:
+                mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
         sides = dict(mine)
         for page in (16, 128):
             sides[f"fa3 default page {page}"] = lambda page=page: case.flash_attention(page, 0)
@@ -280,16 +278,18 @@ def main() -> None:
         turn = {"what": what, "batch": batch, "keys": keys, "queries": queries, "seconds": seconds}
         result["turns"].append(turn)
         add(points(turn, chosen))
+        for rival in list(mine)[1:]:
+            for row in points(turn, rival)[:1]:
+                print("  instead", {name: row[name] for name in ("schedule", "ours", "ratio", "interval")}, flush=True)
 
-    if "decode" in arguments.parts:
-        for batch, keys in DECODE_POINTS:
-            compare(f"decode {batch} x {keys}", batch, keys, 1)
-    if "middle" in arguments.parts:
-        for batch, keys, queries in MIDDLE_POINTS:
-            compare(f"{queries} tokens {batch} x {keys}", batch, keys, queries)
-    if "prefill" in arguments.parts:
-        for batch, keys, queries in PREFILL_POINTS:
-            compare(f"prefill {batch} x {queries} of {keys}", batch, keys, queries)
+    parts = {
+        "accuracy": lambda: add(accuracy()),
+        "decode": lambda: [compare(f"decode {b} x {k}", b, k, 1) for b, k in DECODE_POINTS],
+        "middle": lambda: [compare(f"{n} tokens {b} x {k}", b, k, n) for b, k, n in MIDDLE_POINTS],
+        "prefill": lambda: [compare(f"prefill {b} x {n} of {k}", b, k, n) for b, k, n in PREFILL_POINTS],
+    }
+    for part in arguments.parts:
+        parts[part]()
     summary(result["points"])
 
 

@@ -32,6 +32,7 @@ from .tree import LOG2E, Tree
 __all__ = ["FEW_MAX", "Attention", "Batch", "Cache", "Scratch"]
 
 FEW_MAX = 16  # query tokens up to which a whole batch is decoded
+LONG = 16384  # keys from which on a schedule for long contexts is chosen; as measured (benchmarks/attention.py)
 _SCRATCH_SPLITS = 4096
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -123,14 +124,16 @@ class Attention:
         two, for each is a compilation."""
         return triton.next_power_of_2(max_query) if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
 
-    def schedules(self, batch: int, max_query: int) -> tuple[Decode, Prefill | None]:
-        """The schedules for a padded batch of so many sequences: the first that fit it, are eligible and allowed."""
+    def schedules(self, batch: int, max_query: int, longest: int) -> tuple[Decode, Prefill | None]:
+        """The schedules for a padded batch of so many sequences of up to `longest` keys: the first that fit it, are
+        eligible and allowed."""
         few = self.few(max_query)
         rows = min(few * self.heads.group, 64)
         many = 2 * batch * self.heads.kv >= 3 * self.multiprocessors
         decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
         decode.sort(key=lambda s: (s.rows < rows, s.rows, s.many != many))
         prefill = [s for s in PREFILL if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
+        prefill.sort(key=lambda s: s.long and longest < LONG)
         if not decode or not prefill:
             raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
         return decode[0], prefill[0] if max_query > few else None
@@ -177,8 +180,10 @@ class Attention:
         return Compiled(prefill_ws)
 
     @cached_property
-    def _prefill_cuda(self) -> PrefillCuda:
-        return PrefillCuda(self.heads.query, self.heads.group, self.heads.page)
+    def _prefill_cuda(self) -> tuple[PrefillCuda, PrefillCuda]:
+        heads = self.heads
+        alone, pairs = (PrefillCuda(heads.query, heads.group, heads.page, cluster) for cluster in (1, 2))
+        return alone, pairs
 
     @cached_property
     def _constants(self) -> dict[str, Any]:
@@ -230,7 +235,8 @@ class Attention:
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
         tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
         if prefill.cuda:
-            self._prefill_cuda.launch(batch, cache, self.scratch.taken, tree.log2_scale, self.multiprocessors)
+            kernel = self._prefill_cuda[prefill.long]
+            kernel.launch(batch, cache, self.scratch.taken, tree.log2_scale, self.multiprocessors)
             return
         work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
         blocks, key = plan.blocks.shape[0], self._key(batch, cache, prefill)

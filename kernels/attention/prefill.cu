@@ -4,7 +4,11 @@
 // brings tiles by TMA; two warp groups of 64 rows work beside each other: while one's products run, the other weighs.
 // Within a group, the scores of tile j are computed beside P V of tile j - 1.
 //
-// Macros: HEADS, GROUP (query heads, and of a KV head), PAGE (slots), FP16 (0: bf16), OUT32 (1: fp32 output).
+// CLUSTER 2: the same block of two heads of one KV head, in a cluster of two programs; either brings half of every tile
+// of keys and values to both, so that the L2 cache is read half as often.
+//
+// Macros: HEADS, GROUP (query heads, and of a KV head), PAGE (slots), FP16 (0: bf16), OUT32 (1: fp32 output), CLUSTER
+// (1, or 2 where GROUP is even).
 #include "hopper.cuh"
 #include "tree.cuh"
 
@@ -22,7 +26,8 @@ constexpr int STAGES = 2;
 // Shared memory: Q, the rings of K and V, of both groups A and then the output, barriers, the work at hand.
 constexpr int GROUP_SHARED = 64 * D * 4, OUT_HALF = 64 * 64 * 2;  // bytes of a group; of half of its output
 constexpr int Q_AT = 0, K_AT = Q_AT + TILE, V_AT = K_AT + STAGES * TILE, A_AT = V_AT + STAGES * TILE;
-constexpr int BARRIERS_AT = A_AT + 2 * GROUP_SHARED, WORK_AT = BARRIERS_AT + 96;
+constexpr int BARRIERS_AT = A_AT + 2 * GROUP_SHARED, WORK_AT = BARRIERS_AT + 128;
+constexpr int ITEMS = 4, ITEMS_AT = WORK_AT + 16;  // of the cluster's second program: what it is to do, by turns
 
 __device__ __forceinline__ float4 merged_four(float4 y, const float* acc, const float (&a)[2], const float (&b)[2]) {
   return make_float4(__fmaf_rn(y.x, a[0], __fmul_rn(acc[0], b[0])), __fmaf_rn(y.y, a[0], __fmul_rn(acc[1], b[0])),
@@ -31,24 +36,54 @@ __device__ __forceinline__ float4 merged_four(float4 y, const float* acc, const 
 
 // --- the two kinds of warps -------------------------------------------------------------------------------------------
 struct Barriers {
-  uint32 q_full, q_free, k_full, k_free, v_full, v_free;  // those of stages: of the first, 8 bytes each
+  uint32 q_full, q_free, k_full, k_free, v_full, v_free, items;  // those of stages: of the first, 8 bytes each
   __device__ explicit Barriers(uint32 shared)
       : q_full(shared + BARRIERS_AT), q_free(q_full + 16), k_full(q_full + 32), k_free(q_full + 48), v_full(q_full + 64),
-        v_free(q_full + 80) {}
+        v_free(q_full + 80), items(q_full + 96) {}
 };
 
-__device__ __forceinline__ void produce(const Arguments& a, uint32 shared, int4* work, const Barriers& bars) {
-  int blocks = a.counts[1], items = blocks * HEADS, i = 0, n = 0;
+__device__ __forceinline__ void bring(uint32 to, const TensorMap& from, int column, int row, uint32 barrier, int rank) {
+  if (CLUSTER == 2)
+    share_tile(to, from, column, row, barrier, rank);
+  else
+    load_tile(to, from, column, row, barrier);
+}
+// By a warp that has read a stage, to whoever brings tiles into it.
+__device__ __forceinline__ void release(uint32 barrier) {
+  int lane = threadIdx.x & 31;
+  if (CLUSTER == 2) {
+    if (lane < 2) arrive_at(barrier, lane);
+  } else if (lane == 0) {
+    arrive(barrier);
+  }
+}
+
+__device__ __forceinline__ void produce(const Arguments& a, char* memory, uint32 shared, int4* work,
+                                        const Barriers& bars) {
+  const int rank = CLUSTER == 2 ? cluster_rank() : 0;
+  int blocks = a.counts[1], items = blocks * (HEADS / CLUSTER), i = 0, n = 0;
   // Heads beside each other: those of KV heads whose keys and values fit the L2 cache together.
   int keys = blocks ? a.blocks[2] + a.blocks[3] : 1, heads = GROUP;
   while (HEADS % (2 * heads) == 0 && 2 * heads / GROUP * (long long)keys * 4 * D <= L2_BYTES) heads *= 2;
-  int next = atomicAdd(a.taken, 1);
-  for (; next < items; n++) {
+  int next = rank == 0 ? atomicAdd(a.taken, 1) : 0;
+  for (;; n++) {
     int item = next;
-    next = atomicAdd(a.taken, 1);  // on its way during this block
+    if (CLUSTER == 2) {
+      // The first program tells the second. It is at most two tiles ahead, so three blocks, and has four places.
+      int turn = n % ITEMS;
+      if (rank == 0) {
+        tell(shared + ITEMS_AT + 4 * turn, bars.items + 8 * turn, 1, item);
+      } else {
+        wait_cluster(bars.items + 8 * turn, n / ITEMS & 1);
+        item = *(volatile int*)(memory + ITEMS_AT + 4 * turn);
+      }
+    }
+    if (item >= items) break;
+    if (rank == 0) next = atomicAdd(a.taken, 1);  // on its way during this block
+    item *= CLUSTER;
     int round = item / (blocks * heads), place = item % (blocks * heads);
     const int* block = a.blocks + place / heads * 4;  // those of many keys come first
-    int head = round * heads + place % heads, kv = head / GROUP;
+    int head = round * heads + place % heads + rank, kv = head / GROUP;
     int start = block[1], rows = block[2], oldest = block[3], tiles = (oldest + rows - 1) / T + 1;
     const int* pages = a.page_table + (long long)block[0] * a.page_table_row;
 #pragma unroll 1
@@ -56,21 +91,21 @@ __device__ __forceinline__ void produce(const Arguments& a, uint32 shared, int4*
       int stage = i % STAGES, phase = (i / STAGES & 1) ^ 1;
       int row = pages[j * T / PAGE] * a.row_page + kv * a.row_head + j * T % PAGE;
       wait(bars.k_free + 8 * stage, phase);
-      load_tile(shared + K_AT + stage * TILE, a.k, kv * a.column_head, row, bars.k_full + 8 * stage);
+      bring(shared + K_AT + stage * TILE, a.k, kv * a.column_head, row, bars.k_full + 8 * stage, rank);
       if (j == 0) {
         wait(bars.q_free, n & 1 ^ 1);
         *work = make_int4(start, rows, oldest, head);
         load_tile(shared + Q_AT, a.q, head * D, start, bars.q_full);
       }
       wait(bars.v_free + 8 * stage, phase);
-      load_tile(shared + V_AT + stage * TILE, a.v, kv * a.column_head, row, bars.v_full + 8 * stage);
+      bring(shared + V_AT + stage * TILE, a.v, kv * a.column_head, row, bars.v_full + 8 * stage, rank);
     }
   }
   wait(bars.q_free, n & 1 ^ 1);
   *work = make_int4(0, 0, 0, -1);  // the end
   arrive(bars.q_full);
-  // The last program: for the next launch
-  if (atomicAdd(a.taken + 1, 1) == gridDim.x - 1) a.taken[0] = a.taken[1] = 0;
+  // The last program that takes: for the next launch
+  if (rank == 0 && atomicAdd(a.taken + 1, 1) == gridDim.x / CLUSTER - 1) a.taken[0] = a.taken[1] = 0;
 }
 
 // w: which of the two groups
@@ -106,7 +141,7 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
     scores(x, q, shared + K_AT + i % STAGES * TILE);
     drain<0>();
     pin(x);
-    if (signals) arrive(bars.k_free + 8 * (i % STAGES));
+    release(bars.k_free + 8 * (i % STAGES));
     if (signals) arrive(bars.q_free);
     find_top(x, m, alpha, base, c, plain == 0, position);
     l[0] = weigh(x, 0, base[0], c);
@@ -126,7 +161,7 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
       values(acc, p, shared + V_AT + before * TILE, add);
         drain<1>();
       pin(x);
-      if (signals) arrive(bars.k_free + 8 * stage);
+      release(bars.k_free + 8 * stage);
       bool starts = j % TILES_OF_SPLIT == 0;
       float old[2] = {m[0], m[1]}, r[2];
       if (starts) m[0] = m[1] = NONE;
@@ -137,7 +172,7 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
       wait(bars.v_full + 8 * before, (i - 1) / STAGES & 1);
       drain<0>();
       pin(acc);
-      if (signals) arrive(bars.v_free + 8 * before);
+      release(bars.v_free + 8 * before);
       if (starts) {
         if (!merged) {
           if (me == 0) stored();  // the last block's output
@@ -169,7 +204,7 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
     values(acc, p, shared + V_AT + last * TILE, add);
     drain<0>();
     pin(acc);
-    if (signals) arrive(bars.v_free + 8 * last);
+    release(bars.v_free + 8 * last);
     if (merged) {
       float A_scale[2], acc_scale[2];
       merge_scales(M, L, m, l, A_scale, acc_scale);
@@ -210,7 +245,12 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
   if (me == 0) stored();
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) prefill(const __grid_constant__ Arguments a) {
+#if CLUSTER == 2
+#define SHAPE __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+#else
+#define SHAPE __launch_bounds__(384, 1)
+#endif
+extern "C" __global__ void SHAPE prefill(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   uint32 shared = (uint32)__cvta_generic_to_shared(memory);
   int4* work = (int4*)(memory + WORK_AT);
@@ -221,17 +261,21 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill(const __grid_consta
     for (int s = 0; s < STAGES; s++) {
       init(bars.k_full + 8 * s, 1);
       init(bars.v_full + 8 * s, 1);
-      init(bars.k_free + 8 * s, 8);
-      init(bars.v_free + 8 * s, 8);
+      init(bars.k_free + 8 * s, 8 * CLUSTER);
+      init(bars.v_free + 8 * s, 8 * CLUSTER);
     }
+    for (int t = 0; t < ITEMS; t++) init(bars.items + 8 * t, 1);
     initialised();
   }
+  if (CLUSTER == 2) cluster_together();
   __syncthreads();
   if (threadIdx.x < 128) {  // the producer's group
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 0) produce(a, shared, work, bars);
+    if (threadIdx.x == 0) produce(a, memory, shared, work, bars);
+    __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     consume(a, memory, shared, work, bars, uniform(threadIdx.x / 128) - 1);
   }
+  if (CLUSTER == 2) cluster_together();  // neither ends while the other may still write to it
 }

@@ -46,13 +46,13 @@ def _compiled(defines: tuple[tuple[str, int], ...], _card: int) -> Kernel:
 
 
 class PrefillCuda:
-    """prefill.cu for one shape of heads, compiled on first use.
+    """prefill.cu for one shape of heads, compiled on first use. cluster: 1, or 2 programs that share tiles.
 
     Raises SeamError, RuntimeError as kernels/nvrtc.py's Kernel.
     """
 
-    def __init__(self, query_heads: int, group: int, page: int) -> None:
-        self._shape = {"HEADS": query_heads, "GROUP": group, "PAGE": page}
+    def __init__(self, query_heads: int, group: int, page: int, cluster: int) -> None:
+        self._shape = {"HEADS": query_heads, "GROUP": group, "PAGE": page, "CLUSTER": cluster}
         self._maps: dict[Any, Any] = {}
 
     def _kernel(self, dtype: torch.dtype, out: torch.dtype) -> Kernel:
@@ -71,13 +71,14 @@ class PrefillCuda:
         scores to log2 units. programs: multiprocessors."""
         q, out, plan, table = batch.q, batch.out, batch.plan, batch.page_table
         rows, columns, *strides = cache.rows
-        heads = self._shape["HEADS"]
+        heads, cluster = self._shape["HEADS"], self._shape["CLUSTER"]
         argument = _Arguments(
             _map(_flat(q), _TILE), self._tiles(cache.k, rows, columns), self._tiles(cache.v, rows, columns),
             _map(_flat(out), _TILE // 2), out.data_ptr(), plan.blocks.data_ptr(), plan.counts.data_ptr(),
             table.data_ptr(), taken.data_ptr(), c, table.stride(0), out.stride(0), *strides,
         )  # fmt: skip
-        self._kernel(q.dtype, out.dtype).launch(min(programs, plan.blocks.shape[0] * heads), 384, argument)
+        blocks = min(programs, plan.blocks.shape[0] * heads) // cluster * cluster
+        self._kernel(q.dtype, out.dtype).launch(blocks, 384, argument)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

@@ -47,10 +47,15 @@ class Decode:
 @dataclass(frozen=True)
 class Prefill:
     """A prefill kernel's launch. cuda: prefill_cuda; warp_specialised: prefill_ws; else prefill. rows: query tokens of
-    one program."""
+    one program.
+
+    long: for long contexts, two programs share the tiles of two heads of one KV head. In all else such a schedule is as
+    another one, so that a graph captured for the longest context serves every step.
+    """
 
     name: str
     cuda: bool = False
+    long: bool = False
     warp_specialised: bool = False
     rows: int = 128
     warps: int = 8
@@ -60,6 +65,8 @@ class Prefill:
         """Whether it is for this layer. Tiles of head size 256 leave no room for blocks of 128."""
         if tree.head_size > 128:
             return self.rows == 64
+        if self.long and heads.group % 2:
+            return False
         if self.cuda or self.warp_specialised:
             plain = tree.head_size == 128 and not (tree.window or tree.softcap or tree.sink)
             return hopper and heads.page % tree.tile == 0 and (plain or not self.cuda)
@@ -79,6 +86,7 @@ DECODE = (
     Decode("decode-64", rows=64, per_sm=1),
 )
 PREFILL = (
+    Prefill("prefill-cuda-pairs", cuda=True, long=True),
     Prefill("prefill-cuda", cuda=True),
     Prefill("prefill-ws", warp_specialised=True),
     Prefill("prefill"),

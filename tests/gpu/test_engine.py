@@ -1,6 +1,6 @@
 """Whole engines on a card, against themselves and each other: every axis of the promise, and the engine without it.
 
-ENGINE_PROOF_REPORT names a file for what every engine said, in JSON.
+ENGINE_PROOF_REPORT names a file for what every engine said, in JSON; GPU_MODEL a checkpoint's folder, asked as well.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ ENGINES = {
     # The compile cache that the first one left.
     "warm": ("qwen3", "ours", "only=many"),
 }
+# Weights that were trained, of a folder's: what people serve, beside the shapes made up for this proof.
+TRAINED = ('load_format="auto"', "bulk=300")
+if "GPU_MODEL" in os.environ:
+    ENGINES |= {
+        "trained": (os.environ["GPU_MODEL"], "ours", *TRAINED),
+        "trained, default": (os.environ["GPU_MODEL"], "default", *TRAINED, "only=batches,chunks,many"),
+    }
 OURS = [name for name, (_, side, *_) in ENGINES.items() if side == "ours"]
 PREEMPTED = [name for name in OURS if name.startswith("few pages")]
 # Of one fingerprint: one answer, whatever the settings.
@@ -133,6 +140,11 @@ def test_control_the_engine_without_it_differs_on_every_axis(runs: Runs) -> None
     # Two rows may take the path of one.
     same = {axis for axis, tally in axes.items() if not tally["differing"]}
     assert same <= {"in a batch of 2", "in a batch of 9"}
+
+
+@pytest.mark.skipif("trained" not in ENGINES, reason="GPU_MODEL names no checkpoint")
+def test_control_trained_weights_differ_without_it(runs: Runs) -> None:
+    assert report(runs["trained, default"])["differing"] > 0
 
 
 @pytest.mark.parametrize("name", ALIKE)

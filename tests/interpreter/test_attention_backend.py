@@ -37,7 +37,7 @@ def test_steps_of_a_serving_engine_give_the_exact_answer(layout: str) -> None:
     config = types.SimpleNamespace(
         scheduler_config=types.SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=256),
         compilation_config=types.SimpleNamespace(static_forward_context={}),
-        model_config=types.SimpleNamespace(get_num_attention_heads=lambda _: HEADS),
+        model_config=types.SimpleNamespace(get_num_attention_heads=lambda _: HEADS, max_model_len=64),
         parallel_config=None,
     )
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float16)

@@ -171,7 +171,8 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         # One plan for graphs of every kind: few, block and memory do not depend on the batch; the largest batch's
         # schedule cuts it into the most pieces.
-        self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *self.attention.schedules(largest, FEW_MAX + 1))
+        chosen = self.attention.schedules(largest, FEW_MAX + 1, vllm_config.model_config.max_model_len)
+        self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *chosen)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -179,7 +180,8 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedError("attention that is not causal is not covered by --deterministic")
-        decode, prefill = self.attention.schedules(common.num_reqs, FEW_MAX + 1)
+        # While a graph is captured, the longest is the model's; later steps replay what was chosen then.
+        decode, prefill = self.attention.schedules(common.num_reqs, FEW_MAX + 1, common.max_seq_len)
         slots = min(self.attention.slots(decode), self.plan.slots)
         plan = self.plan.part(common.num_reqs, common.num_actual_tokens, slots)
         tree = self.attention.tree

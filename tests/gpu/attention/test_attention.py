@@ -50,6 +50,7 @@ def case(name: str) -> tuple[Attention, torch.dtype, int]:
         "group-32": (tree_for(128), Heads(32, 1, 128), BF16, 4200),
         "window": (tree_for(128, window=1000), Heads(16, 4, 128), BF16, LONG),
         "sink": (tree_for(64, window=128, sink=True), Heads(16, 2, 128), BF16, LONG),
+        "sink-whole": (tree_for(64, sink=True), Heads(16, 2, 128), BF16, LONG),
         "softcap": (tree_for(128, softcap=30.0), Heads(8, 4, 128), BF16, 4200),
         "256": (tree_for(256), Heads(8, 4, 64), BF16, 4200),
         "256-page-16": (tree_for(256, window=512, softcap=50.0), Heads(8, 4, 16), FP16, 4200),
@@ -58,7 +59,8 @@ def case(name: str) -> tuple[Attention, torch.dtype, int]:
     return attention(tree, heads), dtype, longest
 
 
-NAMES = ["qwen", "page-16", "group-3", "mha", "mqa", "group-32", "window", "sink", "softcap", "256", "256-page-16"]
+NAMES = ["qwen", "page-16", "group-3", "mha", "mqa", "group-32", "window", "sink", "sink-whole", "softcap", "256"]
+NAMES += ["256-page-16"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,6 +145,10 @@ def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch,
     assert "elements" in dropped(monkeypatch, Decode("decode"))
 
 
+in_cuda = pytest.mark.parametrize("schedule", [s for s in PREFILL if s.cuda], ids=lambda schedule: schedule.name)
+
+
+@in_cuda
 @pytest.mark.parametrize(
     ("file", "sound", "fault"),
     [
@@ -152,20 +158,24 @@ def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch,
         ("prefill.cu", "__fmaf_rn(y.x, a[0], __fmul_rn(acc[0], b[0]))", "(y.x * a[0] + acc[0] * b[0])"),
     ],
 )
-def test_faults_in_cuda_are_caught(monkeypatch: pytest.MonkeyPatch, file: str, sound: str, fault: str) -> None:
+def test_faults_in_cuda_are_caught(
+    monkeypatch: pytest.MonkeyPatch, schedule: Prefill, file: str, sound: str, fault: str
+) -> None:
     sources = {name: prefill_cuda._source(name) for name in ("hopper.cuh", "tree.cuh", "prefill.cu")}
     assert sound in sources[file]
     sources[file] = sources[file].replace(sound, fault)
     monkeypatch.setattr(prefill_cuda, "_source", sources.__getitem__)
     monkeypatch.setattr(prefill_cuda, "_compiled", functools.cache(prefill_cuda._compiled.__wrapped__))
-    assert ("elements" in dropped(monkeypatch, Prefill("prefill-cuda", cuda=True))) == bool(fault)
+    why = dropped(monkeypatch, schedule)
+    assert "elements" in why if fault else not why
 
 
-def test_without_nvrtc_the_cuda_prefill_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_cuda
+def test_without_nvrtc_the_cuda_prefill_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch, schedule: Prefill) -> None:
     monkeypatch.setattr(prefill_cuda, "_compiled", functools.cache(prefill_cuda._compiled.__wrapped__))
     monkeypatch.setattr(nvrtc, "_nvrtc", nvrtc._nvrtc.__wrapped__)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "no NVRTC" in dropped(monkeypatch, Prefill("prefill-cuda", cuda=True))
+    assert "no NVRTC" in dropped(monkeypatch, schedule)
 
 
 def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +212,13 @@ def test_the_tree_is_close_to_the_exact_answer(name: str) -> None:
         assert error < 2**-7, (kind, error)
 
 
-def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
+@pytest.mark.parametrize("longest", [3000, 131072])
+def test_one_captured_graph_serves_every_batch_of_its_size(longest: int) -> None:
     """Captured at 8 padded sequences and 256 tokens; replayed with decodes, chunks and prompts of other lengths."""
     shape, dtype, _ = case("qwen")
     sequences = certify.Sequences(shape, 3000, dtype, kinds=("normal", "heavy"))
     gold = [sequences.run([(i, 0, 3000)], None, REFERENCE, dtype) for i in range(2)]
-    decode, prefill = shape.schedules(8, 256)
+    decode, prefill = shape.schedules(8, 256, longest)
     q = torch.zeros(256, 32, 128, dtype=dtype, device="cuda")
     out, table = torch.zeros_like(q), torch.zeros(8, sequences.table.shape[1], dtype=torch.int32, device="cuda")
     start, kv_len = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (9, 8))
@@ -244,8 +255,8 @@ def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
 
 def test_schedules_that_are_not_certified_are_not_chosen() -> None:
     shape, _, _ = case("qwen")
-    chosen = {schedule.name for schedule in shape.schedules(1, 200) if schedule}
+    chosen = {schedule.name for schedule in shape.schedules(1, 200, 200) if schedule}
     shape.allowed = {"decode-64-tma", "prefill"}
-    assert {schedule.name for schedule in shape.schedules(1, 200) if schedule} == shape.allowed
+    assert {schedule.name for schedule in shape.schedules(1, 200, 200) if schedule} == shape.allowed
     assert not chosen & shape.allowed
     assert {s.name for s in (*DECODE, *PREFILL)} >= shape.allowed
