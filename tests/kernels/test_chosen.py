@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from vllm_deterministic.kernels.sampling import chosen  # noqa: E402
-from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs  # noqa: E402
+from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs, likeliest  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Fewer than a vector, whole vectors and what is left of them, a model's vocabulary.
@@ -46,6 +46,26 @@ def test_the_bits_are_log_softmaxs(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_likeliest_is_the_first_of_the_largest(width: int, dtype: torch.dtype) -> None:
+    logits = hard(19, width, dtype)[0]
+    assert likeliest(logits) is None  # rows 3 and 4 are no numbers
+    logits = torch.cat((logits[:3], logits[5:], -logits[5:].abs(), torch.zeros(1, width, dtype=dtype)))
+    logits[-1, ::3] *= -1.0  # both zeros are as large
+    logits[5, [width // 2, width - 1]] = logits[5].max() + 1
+    logits[7] *= 1e-30  # all of them as likely, once rounded
+    found = likeliest(logits)
+    assert found is not None
+    tokens, logprobs, ranks = found
+    assert torch.equal(tokens, logits.argmax(-1))
+    everything = logits.log_softmax(-1, dtype=torch.float32)
+    expected = everything.gather(-1, tokens.unsqueeze(-1))
+    assert same_bits(logprobs, expected.squeeze(-1))
+    assert torch.equal(ranks, (everything >= expected).sum(-1))
+    assert len(set(ranks.tolist())) > 2 or width == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
     logits, tokens = hard(19, 5003, dtype)
     logprobs, ranks = chosen_logprobs(logits, tokens)
@@ -58,16 +78,20 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
 def test_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check at the start is for: a C++ operator that adds up in another order is left alone."""
 
-    def in_double(logits: torch.Tensor, tokens: torch.Tensor) -> chosen.Scores:
-        logprobs = logits.double().log_softmax(-1).float()
+    def operator(logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[chosen.Scores, bool]:
+        tokens[tokens < 0] = logprobs.argmax(-1)[tokens < 0]
         values = logprobs.gather(-1, tokens.unsqueeze(-1))
-        return values.squeeze(-1), (logprobs >= values).sum(-1)
+        return (values.squeeze(-1), (logprobs >= values).sum(-1)), not bool(values.isnan().any())
 
-    assert not chosen.agrees(in_double)
-    assert chosen.agrees(chosen_logprobs)
+    assert chosen.agrees(lambda logits, tokens: operator(logits.log_softmax(-1, torch.float32), tokens))
+    assert not chosen.agrees(lambda logits, tokens: operator(logits.double().log_softmax(-1).float(), tokens))
+    native = chosen.compiled()
+    assert native is not None
+    assert chosen.agrees(native)
     monkeypatch.setattr(chosen, "compiled", lambda: None)
     logits, tokens = hard(19, 1001, torch.bfloat16)
     by_pytorch = chosen_logprobs(logits, tokens)
+    assert likeliest(logits[:3]) is None
     monkeypatch.undo()
     numbers = ~by_pytorch[0].isnan()
     assert same_bits(chosen_logprobs(logits, tokens)[0][numbers], by_pytorch[0][numbers])
@@ -81,13 +105,14 @@ def test_vllms_sampler_gives_the_same_for_less(dtype: torch.dtype, temperature: 
     if not pytest.importorskip("vllm.platforms").current_platform.is_cpu():
         pytest.skip("the CPU runner's sampler")
     from vllm.platforms import current_platform
-    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 
     from vllm_deterministic.integration import sampler
 
     current_platform.import_kernels()
     logits = hard(5, 1001, dtype)[0][:3]
+    logits[0, [7, 900]] = logits[0].max()  # a tie
     greedy, nothing = temperature == 0, torch.empty(0)
     metadata = SamplingMetadata(
         temperature=None if greedy else torch.full((3,), temperature), all_greedy=greedy, all_random=not greedy,
@@ -107,3 +132,13 @@ def test_vllms_sampler_gives_the_same_for_less(dtype: torch.dtype, temperature: 
         assert one.dtype == other.dtype, name
         assert one.shape == other.shape, name
         assert torch.equal(one, other), name
+    # A processor that changes what is likeliest, or may: vLLM's sampler sees to it.
+    assert sampler._takes_the_likeliest(metadata) == greedy
+    bias = LogitBiasLogitsProcessor(None, torch.device("cpu"), False)
+    metadata.logitsprocs = LogitsProcessors([bias])
+    assert sampler._takes_the_likeliest(metadata) == greedy
+    bias.biases = {0: {5: 100.0}}
+    bias.bias_tensor, bias.logits_slice = torch.tensor([100.0]), (torch.tensor([0]), torch.tensor([5]))
+    assert not sampler._takes_the_likeliest(metadata)
+    if greedy:
+        assert forward(theirs, logits.clone(), metadata).sampled_token_ids[0, 0] == 5

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingType
-from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import DeterministicError
-from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs, compiled
+from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs, compiled, likeliest
 from vllm_deterministic.kernels.sampling.noise import noise_seed
 from vllm_deterministic.kernels.sampling.top import top_logprobs
 from vllm_deterministic.kernels.sampling.truncate import top_k_top_p_by_row
@@ -78,6 +79,10 @@ def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
         metadata, mode = sampling_metadata, logprobs_mode_override or self.logprobs_mode
         if metadata.max_num_logprobs != 0 or metadata.logprob_token_ids or mode != "raw_logprobs":
             return forward(self, logits, metadata, predict_bonus_token, logprobs_mode_override)
+        if _takes_the_likeliest(metadata) and (found := likeliest(logits)) is not None:
+            token_ids, logprobs, ranks = found
+            sampled = token_ids.to(torch.int32).unsqueeze(-1)
+            return SamplerOutput(sampled, LogprobsTensors(sampled, logprobs.unsqueeze(-1), ranks))
         raw = logits.clone() if logits.dtype == torch.float32 else logits  # vLLM samples from f32 logits in place
         metadata.max_num_logprobs = None  # for the call: a copy of the metadata takes longer than most of this
         try:
@@ -89,6 +94,26 @@ def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return wrapped
+
+
+def _takes_the_likeliest(metadata: Any) -> bool:
+    """Whether vLLM's sampler does nothing but that: no request of the batch draws or changes its logits."""
+    budgets = metadata.thinking_budget_state_holder
+    return bool(
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and (budgets is None or not budgets.has_tracked_requests())
+        and all(_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    )
+
+
+def _idle(processor: Any) -> bool:
+    """Whether no request of the batch asks anything of it; False for one that is not vLLM's own."""
+    if type(processor) is LogitBiasLogitsProcessor:
+        return not processor.biases
+    return type(processor) is MinTokensLogitsProcessor and not processor.min_toks
 
 
 def _ties_by_token_id(gather_logprobs: Callable[..., Any]) -> Callable[..., Any]:

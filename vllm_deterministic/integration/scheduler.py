@@ -32,23 +32,27 @@ class DeterministicScheduler(Scheduler):
         super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if not self._held:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        logprobs, rows = model_runner_output.logprobs, model_runner_output.req_id_to_index
+        if self._held.keys() >= scheduler_output.num_scheduled_tokens.keys():
+            model_runner_output.logprobs = None  # nobody else's: vLLM has none to cut out for each request
         produced = super().update_from_output(scheduler_output, model_runner_output)
-        if self._held:
-            for outputs in produced.values():
-                for output in outputs.outputs:
-                    if output.request_id in self._held:
-                        self._hold(output)
+        column = [] if logprobs is None else logprobs.logprobs[:, 0].tolist()
+        for outputs in produced.values():
+            for output in outputs.outputs:
+                if output.request_id in self._held:
+                    row = rows.get(output.request_id, 0)
+                    self._hold(output, column[row : row + len(output.new_token_ids)])
         return produced
 
-    def _hold(self, output: Any) -> None:
-        held = self._held[output.request_id]
-        if output.new_logprobs is not None:
-            held.extend(output.new_logprobs.logprobs[:, 0].tolist())
-            output.new_logprobs = None
+    def _hold(self, output: Any, logprobs: list[float]) -> None:
+        """logprobs: of the output's tokens. That is one at most, without speculative decoding."""
+        self._held[output.request_id].extend(logprobs)
+        output.new_logprobs = None
         if output.finish_reason is not None:
-            del self._held[output.request_id]
-            logprobs = np.frombuffer(held, np.float32).reshape(-1, 1)
-            output.new_logprobs = LogprobsLists(np.empty((0, 1), np.int32), logprobs, np.empty(0, np.int32))
+            held = np.frombuffer(self._held.pop(output.request_id), np.float32).reshape(-1, 1)
+            output.new_logprobs = LogprobsLists(np.empty((0, 1), np.int32), held, np.empty(0, np.int32))
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
