@@ -186,7 +186,7 @@ async def _watched(recorder: promise.Recorder, outputs: Any, params: Any) -> Any
     assert params.output_kind != RequestOutputKind.CUMULATIVE
     async for result in outputs:
         for output in result.outputs:
-            ids = list(output.token_ids)
+            ids = output.token_ids
             if recorder.alone:  # complete when the choice is
                 scores = output.logprobs if output.finish_reason is not None else ()
             else:

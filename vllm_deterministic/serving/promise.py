@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,8 +77,8 @@ class Recorder:
         self._promise, self._path, self._body = promise, path, body
         self._used: Mapping[str, Any] = {}
         self._prompt: Prompt | None = None
-        self._tokens: dict[int, list[int]] = {}
-        self._logprobs: dict[int, list[float]] = {}
+        self._tokens: defaultdict[int, list[int]] = defaultdict(list)
+        self._logprobs: defaultdict[int, list[float]] = defaultdict(list)
         self._reasons: dict[int, str] = {}
         self._expected = 0
 
@@ -95,8 +96,8 @@ class Recorder:
 
     def add(self, index: int, token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str | None) -> None:
         """The next tokens of a choice, and their logprobs, which may come later: with its end at the latest."""
-        self._tokens.setdefault(index, []).extend(token_ids)
-        self._logprobs.setdefault(index, []).extend(logprobs)
+        self._tokens[index].extend(token_ids)
+        self._logprobs[index].extend(logprobs)
         if finish_reason is not None:
             self._reasons[index] = finish_reason
 

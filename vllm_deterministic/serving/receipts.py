@@ -32,9 +32,10 @@ __all__ = [
 
 # A receipt repeats the request: a larger one gets none.
 MAX_REQUEST_BYTES = 1 << 20
-_LINK_DIGITS = 16
+_LINK_BYTES = 8
 # What vLLM's JSON says for a logprob of -inf; JSON has no infinities.
 _LOWEST_LOGPROB = -9999.0
+_int64, _float32 = struct.Struct("<q").pack, struct.Struct("<f").pack
 
 
 class _Record(BaseModel):
@@ -98,7 +99,7 @@ class Receipt(_Record):
 
 def logprob_bits(logprob: float) -> bytes:
     """The float32 of a logprob, as vLLM's JSON tells it: -inf as -9999, NaN as every NaN."""
-    return struct.pack("<f", max(logprob, _LOWEST_LOGPROB))
+    return _float32(max(logprob, _LOWEST_LOGPROB))
 
 
 def prompt_digest(token_ids: Sequence[int]) -> str:
@@ -116,11 +117,13 @@ class Chain:
 
     def add(self, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
         """Adds the next tokens. Raises ValueError for another number of logprobs than of tokens."""
+        sha256, of_token, of_logprob = hashlib.sha256, self._last_token, self._last_logprob
         for token, logprob in zip(token_ids, logprobs, strict=True):
-            self._last_token = hashlib.sha256(self._last_token + struct.pack("<q", token)).digest()
-            self._last_logprob = hashlib.sha256(self._last_logprob + logprob_bits(logprob)).digest()
-            self._tokens.append(self._last_token.hex()[:_LINK_DIGITS])
-            self._logprobs.append(self._last_logprob.hex()[:_LINK_DIGITS])
+            of_token = sha256(of_token + _int64(token)).digest()
+            of_logprob = sha256(of_logprob + logprob_bits(logprob)).digest()
+            self._tokens.append(of_token[:_LINK_BYTES].hex())
+            self._logprobs.append(of_logprob[:_LINK_BYTES].hex())
+        self._last_token, self._last_logprob = of_token, of_logprob
 
     def finish(self, reason: str) -> ChoiceReceipt:
         whole = hashlib.sha256(self._last_token + self._last_logprob + reason.encode())
