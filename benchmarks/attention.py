@@ -6,7 +6,7 @@ computes once for all layers (FlashAttention's scheduler metadata, our plan) is 
 another order each time and each behind a run of its own that is not measured: a card at its power limit is as fast as
 what ran before lets it be. A ratio is the median over the turns, with a bootstrap interval of 95 %.
 
-usage: benchmarks/attention.py [--repeats 9] [--tune [SCHEDULE ...]] [--parts accuracy decode middle prefill]
+usage: benchmarks/attention.py [--repeats 9] [--tune [SCHEDULE ...]] [--parts accuracy decode middle chunks prefill]
 [--out benchmarks/results/attention.json]
 """
 
@@ -29,7 +29,7 @@ import torch
 from bootstrap import interval
 from report import machine, write
 from vllm_deterministic.kernels.attention.certify import Sequences
-from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch
+from vllm_deterministic.kernels.attention.launch import FEW_MAX, Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill
 from vllm_deterministic.kernels.attention.tree import tree_for
 from vllm_deterministic.kernels.timing import Timed, copies_beyond_l2
@@ -38,6 +38,7 @@ QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 128
 KEY_BYTES = 2 * KV_HEADS * HEAD_SIZE * 2
 DECODE_POINTS = [(b, k) for b in (1, 4, 8, 32, 128) for k in (512, 2048, 8192, 32768)] + [(1, 131072), (4, 131072)]
 MIDDLE_POINTS = [(b, k, n) for n in (2, 5, 16) for b, k in ((1, 8192), (32, 2048))]
+CHUNK_POINTS = [(1, 4064, 64), (1, 4096, 96), (4, 4064, 64), (1, 32768, 128), (2, 8192, 256)]
 PREFILL_POINTS = [(1, 4096, 4096), (4, 4096, 4096), (1, 8192, 8192), (1, 32768, 32768), (16, 30720, 2048)]
 DEVICE = torch.device("cuda", 0)
 Call = Callable[[], Any]
@@ -61,7 +62,8 @@ class Case:
         self.calls = max(copies, 4) if batch * keys * queries < 2**26 else 2
 
     def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
-        plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
+        most = max(self.queries, FEW_MAX + 1) if prefill else self.queries
+        plan = attention.plan(self.batch, len(self.q), most, decode, prefill)
         plan.fill(self.start, self.kv_len, attention.tree.split, 0)
         cache = Cache(self.k, self.v)
 
@@ -162,7 +164,8 @@ def rescore(path: Path) -> None:
     attention = Attention(tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu"))
     attention.hopper, attention.multiprocessors = True, 132
     for turn in result["turns"]:
-        decode, prefill = attention.schedules(turn["batch"], turn["queries"], turn["keys"])
+        batch, queries = turn["batch"], turn["queries"]
+        decode, prefill = attention.schedules(batch, batch * queries, queries)
         kept += points(turn, (prefill or decode).name)
     result["points"] = kept
     write(path, result)
@@ -190,7 +193,7 @@ def accuracy() -> list[dict[str, Any]]:
     for i, kind in enumerate(sequences.kinds):
         for end in (1024, 4096):
             first = end - 512
-            decode, prefill = attention.schedules(1, 512, end)
+            decode, prefill = attention.schedules(1, 512, 512)
             want = sequences.exact(i, first, end)
             got = sequences.run([(i, first, end)], decode, prefill, torch.bfloat16)
             q, k, v = (x[:end].contiguous() for x in sequences.data[i])
@@ -216,7 +219,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tune", nargs="*", help="time these schedules too (default: every one), not only the chosen")
     parser.add_argument("--without", nargs="*", default=[], help="schedules that certification dropped")
-    parser.add_argument("--parts", nargs="+", default=["accuracy", "decode", "middle", "prefill"])
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "decode", "middle", "chunks", "prefill"])
     parser.add_argument("--gigabytes", type=float, default=20.0, help="of KV cache to scatter pages in")
     parser.add_argument("--rescore", type=Path, help="only score this finished run again")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.json"))
@@ -259,7 +262,7 @@ def main() -> None:
 
     def compare(what: str, batch: int, keys: int, queries: int) -> None:
         case = Case(pool, batch, keys, queries)
-        decode, prefill = attention.schedules(batch, queries, keys)
+        decode, prefill = attention.schedules(batch, batch * queries, queries)
         mine: dict[str, Callable[[], list[Call]]] = {}
         chosen = (prefill or decode).name
         mine[chosen] = lambda: case.ours(attention, decode, prefill)
@@ -269,6 +272,9 @@ def main() -> None:
         for rival in () if prefill else DECODE:
             if rival.name in rivals and rival is not decode:
                 mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
+        if not prefill and queries > attention.few(FEW_MAX + 1):  # as a block, as beside longer chunks
+            block = attention.schedules(batch, batch * queries, FEW_MAX + 1)[1]
+            mine[block.name] = lambda: case.ours(attention, decode, block)
         sides = dict(mine)
         for page in (16, 128):
             sides[f"fa3 default page {page}"] = lambda page=page: case.flash_attention(page, 0)
@@ -286,6 +292,7 @@ def main() -> None:
         "accuracy": lambda: add(accuracy()),
         "decode": lambda: [compare(f"decode {b} x {k}", b, k, 1) for b, k in DECODE_POINTS],
         "middle": lambda: [compare(f"{n} tokens {b} x {k}", b, k, n) for b, k, n in MIDDLE_POINTS],
+        "chunks": lambda: [compare(f"chunk {b} x {n} of {k}", b, k, n) for b, k, n in CHUNK_POINTS],
         "prefill": lambda: [compare(f"prefill {b} x {n} of {k}", b, k, n) for b, k, n in PREFILL_POINTS],
     }
     for part in arguments.parts:

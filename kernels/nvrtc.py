@@ -116,19 +116,19 @@ class Kernel:
         _check("cuLaunchKernel", launched)
 
 
-def tensor_map(x: torch.Tensor, height: int) -> bytes:
-    """TMA's description of a matrix of 16-bit elements in boxes of `height` rows and 64 columns, swizzled by 128 bytes;
-    past its end zeros are read.
+def tensor_map(x: torch.Tensor, box: tuple[int, ...]) -> bytes:
+    """TMA's description of a tensor of 16-bit elements in boxes of these sizes and 64 columns, swizzled by 128 bytes;
+    past its end zeros are read, and nothing is written.
 
-    x: [rows, columns], columns adjacent.
+    x: [..., columns], columns adjacent. box: of the dimensions before them.
     """
     at = ctypes.create_string_buffer(128 + 64)
     aligned = -(-ctypes.addressof(at) // 64) * 64
-    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
-    sizes, strides = (u64 * 2)(x.shape[1], x.shape[0]), (u64 * 1)(x.stride(0) * 2)
+    u64, u32, n = ctypes.c_uint64, ctypes.c_uint32, x.dim()
+    sizes, strides = (u64 * n)(*x.shape[::-1]), (u64 * (n - 1))(*(stride * 2 for stride in x.stride()[-2::-1]))
     bf16, swizzle_128, l2_128 = 9, 3, 2  # as 16 bits: nothing is computed with them
     _call(
-        _driver(), "cuTensorMapEncodeTiled", c_void_p(aligned), bf16, u32(2), c_void_p(x.data_ptr()), sizes, strides,
-        (u32 * 2)(64, height), (u32 * 2)(1, 1), 0, swizzle_128, l2_128, 0,
+        _driver(), "cuTensorMapEncodeTiled", c_void_p(aligned), bf16, u32(n), c_void_p(x.data_ptr()), sizes, strides,
+        (u32 * n)(64, *box[::-1]), (u32 * n)(*[1] * n), 0, swizzle_128, l2_128, 0,
     )  # fmt: skip
     return ctypes.string_at(aligned, 128)

@@ -150,7 +150,8 @@ def _batches(sequences: Sequences, few: int, rng: random.Random, sizes: Iterable
 
 
 def _cuts(sequences: Sequences, rng: random.Random) -> Iterable[list[Stretch]]:
-    """Prefill batches: whole sequences together, each cut into chunks, mixed batches of decodes, chunks and prompts."""
+    """Prefill batches: whole sequences together, each cut into chunks, a few tokens at every edge, mixed batches of
+    decodes, chunks and prompts."""
     n, length = len(sequences.kinds), sequences.length
     ends = edges(sequences.attention.tree, length)
     yield [(i, 0, length) for i in range(n)]
@@ -158,6 +159,8 @@ def _cuts(sequences: Sequences, rng: random.Random) -> Iterable[list[Stretch]]:
         cuts = sorted({0, length, *rng.sample(ends, 3), *(rng.randrange(1, length) for _ in range(5))})
         for a, b in itertools.pairwise(cuts):
             yield [(i, a, b)]
+    for i, end in enumerate(ends):  # so few that their keys are cut into pieces
+        yield [(i % (n - 1), max(end - (5, 40, 130)[i % 3], 0), end)]
     for size in (1, 7, 40):
         batch = []
         for _ in range(size):

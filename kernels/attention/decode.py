@@ -160,7 +160,7 @@ def combine(
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
         A = tl.load(ACC + row * D + d)
-        row += merged.to(tl.int64) * (FEW * Q_HEADS)
+        row += FEW * Q_HEADS
         # A row waits for memory once a batch, so many splits come in large ones; few would have to wait for more code.
         STRIDE: tl.constexpr = FEW * Q_HEADS
         MANY: tl.constexpr = 4 * BATCH

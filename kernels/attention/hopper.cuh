@@ -23,47 +23,12 @@ __device__ __forceinline__ void expect(uint32 barrier, int bytes) {
 __device__ __forceinline__ void arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// On the same barrier of the cluster's program `rank`. Says that something was read; what was written needs the fence of
-// `tell`.
-__device__ __forceinline__ void arrive_at(uint32 barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-// Writes x to the same place of the cluster's program `rank`, and arrives on its barrier.
-__device__ __forceinline__ void tell(uint32 to, uint32 barrier, int rank, int x) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u32 [there], %3;\n"
-      "mapa.shared::cluster.u32 there, %1, %2;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(to),
-      "r"(barrier), "r"(rank), "r"(x)
-      : "memory");
-}
 __device__ __forceinline__ void wait(uint32 barrier, int phase) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\nbra "
       "AGAIN;\nREADY:\n}" ::"r"(barrier),
       "r"(phase)
       : "memory");
-}
-
-// As `wait`, and what another program of the cluster wrote before it arrived is seen.
-__device__ __forceinline__ void wait_cluster(uint32 barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra "
-      "READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
-// All threads of all programs of the cluster.
-__device__ __forceinline__ void cluster_together() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 
 // --- TMA --------------------------------------------------------------------------------------------------------------
@@ -78,18 +43,20 @@ __device__ __forceinline__ void load_tile(uint32 to, const TensorMap& from, int 
   load_half(to, from, column, row, barrier);
   load_half(to + HALF, from, column + 64, row, barrier);
 }
-// Half `half` of a tile to both programs of a cluster of two: either brings one half, and both expect the whole.
-__device__ __forceinline__ void share_tile(uint32 to, const TensorMap& from, int column, int row, uint32 barrier, int half) {
+// A tile of rows that are heads of tokens: of each of some tokens, heads from `head` on.
+__device__ __forceinline__ void load_heads(uint32 to, const TensorMap& from, int head, int token, uint32 barrier) {
   expect(barrier, TILE);
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to + half * HALF),
-      "l"(&from), "r"(column + half * 64), "r"(row), "r"(barrier), "h"((unsigned short)3)
-      : "memory");
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            to + half * HALF),
+        "l"(&from), "r"(half * 64), "r"(head), "r"(token), "r"(barrier)
+        : "memory");
 }
-__device__ __forceinline__ void store_half(const TensorMap& to, int column, int row, uint32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(column),
-               "r"(row), "r"(from)
+__device__ __forceinline__ void store_heads(const TensorMap& to, int column, int head, int token, uint32 from) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&to), "r"(column),
+               "r"(head), "r"(token), "r"(from)
                : "memory");
 }
 // Shared memory that this thread's stores come from may be written again.

@@ -24,6 +24,7 @@ from vllm_deterministic.errors import ConfigurationError, UnsupportedError
 
 from . import decode as decode_kernels
 from . import prefill as prefill_kernels
+from .combine import combine_blocks
 from .plan import Plan
 from .prefill_cuda import PrefillCuda
 from .schedules import DECODE, PREFILL, Decode, Heads, Prefill
@@ -32,8 +33,9 @@ from .tree import LOG2E, Tree
 __all__ = ["FEW_MAX", "Attention", "Batch", "Cache", "Scratch"]
 
 FEW_MAX = 16  # query tokens up to which a whole batch is decoded
-LONG = 16384  # keys from which on a schedule for long contexts is chosen; as measured (benchmarks/attention.py)
-_SCRATCH_SPLITS = 4096
+SMALL = 512  # query tokens up to which a step's prefill may be cut into pieces: its combine is launched then
+_COMBINERS = 8  # programs per multiprocessor that combine the cut blocks of a prefill
+_SCRATCH_SPLITS = 8192  # of one query token each
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -124,16 +126,16 @@ class Attention:
         two, for each is a compilation."""
         return triton.next_power_of_2(max_query) if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
 
-    def schedules(self, batch: int, max_query: int, longest: int) -> tuple[Decode, Prefill | None]:
-        """The schedules for a padded batch of so many sequences of up to `longest` keys: the first that fit it, are
-        eligible and allowed."""
+    def schedules(self, batch: int, tokens: int, max_query: int) -> tuple[Decode, Prefill | None]:
+        """The schedules for a padded batch of so many sequences and query tokens: the first that fit it, are eligible
+        and allowed."""
         few = self.few(max_query)
         rows = min(few * self.heads.group, 64)
         many = 2 * batch * self.heads.kv >= 3 * self.multiprocessors
         decode = [s for s in DECODE if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
         decode.sort(key=lambda s: (s.rows < rows, s.rows, s.many != many))
         prefill = [s for s in PREFILL if self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper)]
-        prefill.sort(key=lambda s: s.long and longest < LONG)
+        prefill.sort(key=lambda s: s.pieces != (tokens <= SMALL))
         if not decode or not prefill:
             raise UnsupportedError(f"no schedule of attention is left for {self.tree} and {self.heads}")
         return decode[0], prefill[0] if max_query > few else None
@@ -142,13 +144,20 @@ class Attention:
         """How many pieces a KV head's work is cut into."""
         return max(decode.per_sm * self.multiprocessors // self.heads.kv, 1)
 
+    def block_slots(self, prefill: Prefill | None) -> int:
+        """How many programs share the blocks of one set of packed heads; 0: blocks are not cut."""
+        if prefill is None or not prefill.pieces:
+            return 0
+        return max(self.multiprocessors * self.heads.pack // self.heads.query, 1)
+
     def plan(self, batch: int, tokens: int, max_query: int, decode: Decode, prefill: Prefill | None) -> Plan:
         """Empty work lists for a padded batch: `batch` sequences, `tokens` query tokens, at most `max_query` in one."""
-        few = self.few(max_query)
-        slots = self.slots(decode)
         block = prefill.rows if prefill else 128
-        capacity = _SCRATCH_SPLITS // few
-        return Plan.empty(batch, tokens, few=few, block=block, slots=slots, capacity=capacity, device=self.device)
+        return Plan.empty(
+            batch, tokens, few=self.few(max_query), block=block, unit=block // self.heads.pack,
+            slots=self.slots(decode), block_slots=self.block_slots(prefill), capacity=_SCRATCH_SPLITS,
+            device=self.device,
+        )  # fmt: skip
 
     def run(self, batch: Batch, cache: Cache, decode: Decode | None, prefill: Prefill | None) -> None:
         """Writes attention of the batch's query tokens into its `out`.
@@ -170,6 +179,10 @@ class Attention:
         return Compiled(decode_kernels.combine)
 
     @cached_property
+    def _combine_blocks_kernel(self) -> Compiled:
+        return Compiled(combine_blocks)
+
+    @cached_property
     def _prefill_kernel(self) -> Compiled:
         return Compiled(prefill_kernels.prefill)
 
@@ -182,8 +195,7 @@ class Attention:
     @cached_property
     def _prefill_cuda(self) -> tuple[PrefillCuda, PrefillCuda]:
         heads = self.heads
-        alone, pairs = (PrefillCuda(heads.query, heads.group, heads.page, cluster) for cluster in (1, 2))
-        return alone, pairs
+        return PrefillCuda(heads, pieces=False), PrefillCuda(heads, pieces=True)
 
     @cached_property
     def _constants(self) -> dict[str, Any]:
@@ -235,8 +247,17 @@ class Attention:
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
         tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
         if prefill.cuda:
-            kernel = self._prefill_cuda[prefill.long]
-            kernel.launch(batch, cache, self.scratch.taken, tree.log2_scale, self.multiprocessors)
+            kernel = self._prefill_cuda[prefill.pieces]
+            kernel.launch(batch, cache, self.scratch, tree.log2_scale, self.multiprocessors)
+            if prefill.pieces and batch.page_table.shape[1] * heads.page > tree.split:
+                self._combine_blocks_kernel.launch(
+                    self._key(batch, cache, prefill), (_COMBINERS * self.multiprocessors, 1, 1), batch.out,
+                    self.scratch.state, self.scratch.acc, plan.cut_blocks, plan.counts, batch.out.stride(0),
+                    constants=lambda: {
+                        "Q_HEADS": heads.query, "D": tree.head_size, "ROWS": 8, "BATCH": 8, "PDL": self.hopper,
+                        "num_warps": 4, "enable_fp_fusion": False, "launch_pdl": self.hopper,
+                    },
+                )  # fmt: skip
             return
         work = (batch.out, batch.sinks, plan.blocks, plan.counts, *self._lengths(batch))
         blocks, key = plan.blocks.shape[0], self._key(batch, cache, prefill)

@@ -57,10 +57,10 @@ def prefill(
     block = tl.program_id(0)
     head = tl.program_id(1)
     if block < tl.load(COUNTS + 1):
-        b = tl.load(BLOCKS + block * 4)
-        start = tl.load(BLOCKS + block * 4 + 1)
-        rows = tl.load(BLOCKS + block * 4 + 2)
-        oldest = tl.load(BLOCKS + block * 4 + 3)
+        b = tl.load(BLOCKS + block * 8)
+        start = tl.load(BLOCKS + block * 8 + 1)
+        rows = tl.load(BLOCKS + block * 8 + 2)
+        oldest = tl.load(BLOCKS + block * 8 + 3)
         keys = oldest + rows
         row = tl.arange(0, ROWS)
         kv = head // GROUP

@@ -16,7 +16,8 @@ import torch
 from vllm_deterministic.kernels.nvrtc import Kernel, tensor_map
 
 if TYPE_CHECKING:
-    from .launch import Batch, Cache
+    from .launch import Batch, Cache, Scratch
+    from .schedules import Heads
 
 __all__ = ["PrefillCuda"]
 
@@ -29,9 +30,9 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         ("q", c_byte * 128), ("k", c_byte * 128), ("v", c_byte * 128), ("o", c_byte * 128), ("out", c_void_p),
-        ("blocks", c_void_p), ("counts", c_void_p), ("page_table", c_void_p), ("taken", c_void_p), ("c", c_float),
-        ("page_table_row", c_int), ("out_token", c_int), ("row_page", c_int), ("row_head", c_int),
-        ("column_head", c_int),
+        ("state", c_void_p), ("kept", c_void_p), ("blocks", c_void_p), ("counts", c_void_p), ("page_table", c_void_p),
+        ("taken", c_void_p), ("c", c_float), ("page_table_row", c_int), ("out_token", c_int), ("row_page", c_int),
+        ("row_head", c_int), ("column_head", c_int),
     )  # fmt: skip
 
 
@@ -46,13 +47,17 @@ def _compiled(defines: tuple[tuple[str, int], ...], _card: int) -> Kernel:
 
 
 class PrefillCuda:
-    """prefill.cu for one shape of heads, compiled on first use. cluster: 1, or 2 programs that share tiles.
+    """prefill.cu for one shape of heads, compiled on first use. pieces: for plans that cut blocks.
 
     Raises SeamError, RuntimeError as kernels/nvrtc.py's Kernel.
     """
 
-    def __init__(self, query_heads: int, group: int, page: int, cluster: int) -> None:
-        self._shape = {"HEADS": query_heads, "GROUP": group, "PAGE": page, "CLUSTER": cluster}
+    def __init__(self, heads: Heads, pieces: bool) -> None:
+        # Where steps are large, rows of one head are a little faster.
+        self._shape = {
+            "HEADS": heads.query, "PACK": heads.pack if pieces else 1, "GROUP": heads.group, "PAGE": heads.page,
+            "PIECES": int(pieces),
+        }  # fmt: skip
         self._maps: dict[Any, Any] = {}
 
     def _kernel(self, dtype: torch.dtype, out: torch.dtype) -> Kernel:
@@ -63,28 +68,23 @@ class PrefillCuda:
         """TMA's description of a cache's K or V as rows of slots."""
         key = (x.data_ptr(), rows, columns, x.stride(1))
         if key not in self._maps:
-            self._maps[key] = _map(x.as_strided((rows, columns), (x.stride(1), 1)), _TILE)
+            self._maps[key] = _map(x.as_strided((rows, columns), (x.stride(1), 1)), (_TILE,))
         return self._maps[key]
 
-    def launch(self, batch: Batch, cache: Cache, taken: torch.Tensor, c: float, programs: int) -> None:
-        """On the current stream. taken: [2] int32, zeros; launches that share it must follow each other. c: turns
-        scores to log2 units. programs: multiprocessors."""
+    def launch(self, batch: Batch, cache: Cache, scratch: Scratch, c: float, programs: int) -> None:
+        """On the current stream; launches that share scratch must follow each other. c: turns scores to log2 units.
+        programs: multiprocessors."""
         q, out, plan, table = batch.q, batch.out, batch.plan, batch.page_table
         rows, columns, *strides = cache.rows
-        heads, cluster = self._shape["HEADS"], self._shape["CLUSTER"]
+        heads, pack = self._shape["HEADS"], self._shape["PACK"]
         argument = _Arguments(
-            _map(_flat(q), _TILE), self._tiles(cache.k, rows, columns), self._tiles(cache.v, rows, columns),
-            _map(_flat(out), _TILE // 2), out.data_ptr(), plan.blocks.data_ptr(), plan.counts.data_ptr(),
-            table.data_ptr(), taken.data_ptr(), c, table.stride(0), out.stride(0), *strides,
+            _map(q, (_TILE // pack, pack)), self._tiles(cache.k, rows, columns), self._tiles(cache.v, rows, columns),
+            _map(out, (_TILE // 2 // pack, pack)), out.data_ptr(), scratch.state.data_ptr(), scratch.acc.data_ptr(),
+            plan.blocks.data_ptr(), plan.counts.data_ptr(), table.data_ptr(), scratch.taken.data_ptr(), c,
+            table.stride(0), out.stride(0), *strides,
         )  # fmt: skip
-        blocks = min(programs, plan.blocks.shape[0] * heads) // cluster * cluster
-        self._kernel(q.dtype, out.dtype).launch(blocks, 384, argument)
+        self._kernel(q.dtype, out.dtype).launch(min(programs, plan.blocks.shape[0] * heads), 384, argument)
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[tokens, heads, 128] as rows of tokens."""
-    return x.as_strided((x.shape[0], x.shape[1] * x.shape[2]), (x.stride(0), 1))
-
-
-def _map(x: torch.Tensor, height: int) -> Any:
-    return (c_byte * 128).from_buffer_copy(tensor_map(x, height))
+def _map(x: torch.Tensor, box: tuple[int, ...]) -> Any:
+    return (c_byte * 128).from_buffer_copy(tensor_map(x, box))

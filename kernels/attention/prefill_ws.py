@@ -160,7 +160,7 @@ def _item(n, BLOCKS, blocks):
     L2 cache."""
     programs = gl.num_programs(0)
     item = n * programs + gl.where(n % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
-    return BLOCKS + item % blocks * 4, item // blocks
+    return BLOCKS + item % blocks * 8, item // blocks
 
 
 @gluon.jit

@@ -3,6 +3,7 @@ certified."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .tree import Tree
@@ -21,6 +22,11 @@ class Heads:
     @property
     def group(self) -> int:
         return self.query // self.kv
+
+    @property
+    def pack(self) -> int:
+        """Query heads of one KV head that share a tile of prefill_cuda: the largest power of two, up to 64."""
+        return math.gcd(self.group, 64)
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,13 @@ class Prefill:
     """A prefill kernel's launch. cuda: prefill_cuda; warp_specialised: prefill_ws; else prefill. rows: query tokens of
     one program.
 
-    long: for long contexts, two programs share the tiles of two heads of one KV head. In all else such a schedule is as
-    another one, so that a graph captured for the longest context serves every step.
+    pieces: for small steps, whose blocks may be cut into pieces. In all else such a schedule is as another one, so that
+    one plan serves every step.
     """
 
     name: str
     cuda: bool = False
-    long: bool = False
+    pieces: bool = False
     warp_specialised: bool = False
     rows: int = 128
     warps: int = 8
@@ -65,8 +71,6 @@ class Prefill:
         """Whether it is for this layer. Tiles of head size 256 leave no room for blocks of 128."""
         if tree.head_size > 128:
             return self.rows == 64
-        if self.long and heads.group % 2:
-            return False
         if self.cuda or self.warp_specialised:
             plain = tree.head_size == 128 and not (tree.window or tree.softcap or tree.sink)
             return hopper and heads.page % tree.tile == 0 and (plain or not self.cuda)
@@ -86,7 +90,7 @@ DECODE = (
     Decode("decode-64", rows=64, per_sm=1),
 )
 PREFILL = (
-    Prefill("prefill-cuda-pairs", cuda=True, long=True),
+    Prefill("prefill-cuda-pieces", cuda=True, pieces=True),
     Prefill("prefill-cuda", cuda=True),
     Prefill("prefill-ws", warp_specialised=True),
     Prefill("prefill"),

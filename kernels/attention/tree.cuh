@@ -12,15 +12,16 @@ __device__ __forceinline__ float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Steps 2 and 3, and alpha of step 4. ahead: how far this thread's first row is ahead of the tile's first key. A maximum has no
-// order: four chains, for speed.
+// Steps 2 and 3, and alpha of step 4. ahead: how far this thread's first row is ahead of the tile's first key; the second
+// is APART further. A maximum has no order: four chains, for speed.
+template <int APART>
 __device__ __forceinline__ void find_top(float (&x)[64], float (&m)[2], float (&alpha)[2], float (&base)[2], float c,
                                          bool masked, int ahead) {
   if (masked) {
     int seen = ahead - (threadIdx.x & 3) * 2;
 #pragma unroll
     for (int i = 0; i < 64; i++)
-      if (i / 4 * 8 + (i & 1) - (i & 2) * 4 > seen) x[i] = NONE;
+      if (i / 4 * 8 + (i & 1) - (i & 2) / 2 * APART > seen) x[i] = NONE;
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {

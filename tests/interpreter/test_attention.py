@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from vllm_deterministic.kernels.attention.combine import combine_blocks  # noqa: E402
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
 from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
 from vllm_deterministic.kernels.attention.reference import exact, follow  # noqa: E402
@@ -127,6 +128,72 @@ def test_pieces_hold_every_split_once_and_are_evenly_long(splits: list[int], slo
     held = [[b, split] for b, first, end in pieces[:, :3].tolist() for split in range(first, end)]
     assert sorted(held) == [[b, split] for b, count in enumerate(splits) for split in range(count)]
     assert int((pieces[:, 2] - pieces[:, 1]).max()) == longest
+
+
+@pytest.mark.parametrize(
+    ("sequences", "slots", "capacity", "pieces"),
+    [
+        ([(20, 640)], 16, 4096, 5),  # two units, 16 slots, ten splits
+        ([(20, 640), (1, 300), (30, 2000)], 16, 4096, 4),
+        ([(40, 640)], 3, 4096, 1),  # three units fill the card
+        ([(40, 1280)], 16, 40, 1),  # the scratch holds no split of all three blocks' rows
+        ([(16, 1280)], 16, 16 * 6, 2),  # or of one block five, behind a first piece of fifteen
+        ([(70, 100), (5, 70)], 16, 4096, 2),  # early blocks end before the second piece
+    ],
+)
+def test_cut_blocks_hold_every_split_once(
+    sequences: list[tuple[int, int]], slots: int, capacity: int, pieces: int
+) -> None:
+    """(query tokens, keys) of sequences as blocks of 16 tokens, 10 tokens a unit, 64 keys a split."""
+    n, tokens = len(sequences), sum(queries for queries, _ in sequences)
+    plan = Plan.empty(n, tokens, few=1, block=16, unit=10, slots=7, block_slots=slots, capacity=capacity, device="cpu")
+    start = torch.tensor([0, *(queries for queries, _ in sequences)]).cumsum(0).int()
+    plan.fill(start, torch.tensor([keys for _, keys in sequences], dtype=torch.int32), 64, 0)
+    held: dict[tuple[int, int], list[int]] = {}
+    places: dict[int, list[int]] = {}  # of a block's splits, in order, by its first row
+    for b, first_row, rows, oldest, first, end, slot, _ in plan.blocks[: int(plan.counts[1])].tolist():
+        queries, keys = sequences[b]
+        assert oldest == keys - queries + first_row - int(start[b])
+        splits = held.setdefault((first_row, oldest + rows), [])
+        splits += range(first, end)
+        if slot != -1 and first < end:
+            kept = [-2 - slot] if slot < -1 else [slot + i * rows for i in range(end - first)]
+            places.setdefault(first_row, []).extend(kept)
+            assert max(kept) + rows <= capacity
+    assert sorted(first_row for first_row, _ in held) == [
+        int(start[b]) + i for b, (queries, _) in enumerate(sequences) if queries > 1 for i in range(0, queries, 16)
+    ]
+    assert all(splits == list(range(-(-keys // 64))) for (_, keys), splits in held.items())
+    cuts = plan.cut_blocks[: int(plan.counts[2]), :6].tolist()
+    assert sorted(first_row for *_, first_row, _, _ in cuts) == sorted(places)
+    taken: list[int] = []
+    for i, (slot, merged, splits, first_row, rows, before) in enumerate(cuts):
+        assert places[first_row] == [slot + split * rows for split in range(splits - merged + 1)]
+        taken += [place + row for place in places[first_row] for row in range(rows)]
+        assert before == sum(rows for *_, rows, _ in cuts[:i])
+    assert len(set(taken)) == len(taken)
+    assert max((-(-splits // merged) for _, merged, splits, *_ in cuts), default=1) == pieces
+
+
+@pytest.mark.parametrize("programs", [1, 7, 64])
+def test_what_cut_blocks_kept_is_combined(programs: int) -> None:
+    heads, size, generator = 2, 16, torch.Generator().manual_seed(1)
+    state = torch.randn(4096 * heads, 2, generator=generator).abs() * 3
+    acc = torch.randn(4096 * heads, size, generator=generator)
+    # slot, splits merged there, splits, first row, rows, rows before: each split in the slots behind
+    blocks = torch.tensor([[8, 3, 25, 0, 5, 0, 0, 0], [700, 1, 2, 5, 16, 5, 0, 0]], dtype=torch.int32)
+    out = torch.full((21, heads, size), float("nan"))
+    counts = torch.tensor([0, 0, 2], dtype=torch.int32)
+    combine_blocks[(programs,)](
+        out, state, acc, blocks, counts, out.stride(0), Q_HEADS=heads, D=size, ROWS=4, BATCH=4, PDL=False
+    )
+    for slot, merged, splits, first_row, rows, *_ in blocks.tolist():
+        at = torch.arange(rows)[:, None] + slot + rows * torch.arange(splits - merged + 1)
+        m, sums = state.view(4096, heads, 2)[at].double().unbind(-1)  # [rows, splits, heads]
+        weights = torch.exp2(m - m.amax(1, keepdim=True))
+        values = (weights[..., None] * acc.view(4096, heads, size)[at].double()).sum(1)
+        want = values / (weights * sums).sum(1)[..., None]
+        assert ((out[first_row : first_row + rows] - want).norm() / want.norm()).item() < 2**-18
 
 
 def test_a_wrong_window_is_seen() -> None:

@@ -13,7 +13,7 @@ from vllm_deterministic.kernels.attention.tree import tree_for
 from vllm_deterministic.errors import SeamError
 
 SOURCE = prefill_cuda._source("prefill.cu")
-SCHEDULE, PAIRS = sorted((schedule for schedule in PREFILL if schedule.cuda), key=lambda schedule: schedule.long)
+SCHEDULE, PIECES = sorted((schedule for schedule in PREFILL if schedule.cuda), key=lambda schedule: schedule.pieces)
 HEADS = Heads(32, 8, 128)
 
 
@@ -40,23 +40,25 @@ def test_the_kernel_is_written_for_the_sizes_of_the_tree() -> None:
     assert f"TILES_OF_SPLIT = {tree.split // tree.tile};" in prefill_cuda._source("tree.cuh")
 
 
-def test_pairs_are_for_long_contexts_of_even_groups() -> None:
-    plain = tree_for(128)
-    assert PAIRS.eligible(plain, HEADS, hopper=True)
-    assert not PAIRS.eligible(plain, Heads(9, 3, 128), hopper=True)
-    assert not PAIRS.eligible(plain, HEADS, hopper=False)
-    assert not PAIRS.eligible(dataclasses.replace(plain, window=100), HEADS, hopper=True)
-    attention = Attention(plain, HEADS, "cpu", Scratch.empty(1, 1, "cpu"))
+def test_blocks_are_cut_in_small_steps_alone() -> None:
+    attention = Attention(tree_for(128), HEADS, "cpu", Scratch.empty(1, 1, "cpu"))
     attention.hopper, attention.multiprocessors = True, 132
-    assert attention.schedules(1, 17, launch.LONG)[1] == PAIRS
-    assert attention.schedules(1, 17, launch.LONG - 1)[1] == SCHEDULE
-    attention.allowed = {schedule.name for schedule in (*DECODE, *PREFILL)} - {PAIRS.name}
-    assert attention.schedules(1, 17, launch.LONG)[1] == SCHEDULE
+    assert attention.schedules(1, launch.SMALL, launch.SMALL)[1] == PIECES
+    assert attention.schedules(1, launch.SMALL + 1, launch.SMALL + 1)[1] == SCHEDULE
+    assert attention.block_slots(PIECES) == 16  # packs of 4 heads of 32 on 132 multiprocessors
+    assert attention.block_slots(SCHEDULE) == 0
+    attention.allowed = {schedule.name for schedule in (*DECODE, *PREFILL)} - {PIECES.name}
+    assert attention.schedules(1, launch.SMALL, launch.SMALL)[1] == SCHEDULE
 
 
-def test_pairs_cut_the_work_as_the_schedule_for_short_contexts() -> None:
-    """Or a graph captured for long contexts could not be replayed for a step of short ones."""
-    assert dataclasses.replace(PAIRS, name=SCHEDULE.name, long=False) == SCHEDULE
+def test_the_work_lists_of_small_steps_are_those_of_large_ones() -> None:
+    """Or one plan could not serve the graphs of both."""
+    assert dataclasses.replace(PIECES, name=SCHEDULE.name, pieces=False) == SCHEDULE
+
+
+@pytest.mark.parametrize(("group", "pack"), [(1, 1), (3, 1), (4, 4), (6, 2), (7, 1), (8, 8), (64, 64), (128, 64)])
+def test_a_tile_of_rows_holds_whole_tokens(group: int, pack: int) -> None:
+    assert Heads(2 * group, 2, 128).pack == pack
 
 
 def test_a_pytorch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from vllm_deterministic.errors import CertificationError, UnsupportedError
 from vllm_deterministic.kernels.attention import certify
-from vllm_deterministic.kernels.attention.launch import FEW_MAX, Attention, Batch, Cache, Scratch
+from vllm_deterministic.kernels.attention.launch import FEW_MAX, SMALL, Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.plan import Plan
 from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
 from vllm_deterministic.kernels.attention.store import store
@@ -170,8 +170,8 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         scheduler = vllm_config.scheduler_config
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         # One plan for graphs of every kind: few, block and memory do not depend on the batch; the largest batch's
-        # schedule cuts it into the most pieces.
-        chosen = self.attention.schedules(largest, FEW_MAX + 1, vllm_config.model_config.max_model_len)
+        # schedule cuts it into the most pieces, a small step's cuts blocks.
+        chosen = self.attention.schedules(largest, min(tokens, SMALL), FEW_MAX + 1)
         self.plan = self.attention.plan(largest, tokens, FEW_MAX + 1, *chosen)
 
     def build(
@@ -180,16 +180,16 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedError("attention that is not causal is not covered by --deterministic")
-        # While a graph is captured, the longest is the model's; later steps replay what was chosen then.
-        decode, prefill = self.attention.schedules(common.num_reqs, FEW_MAX + 1, common.max_seq_len)
+        batch, tokens = common.num_reqs, common.num_actual_tokens
+        decode, prefill = self.attention.schedules(batch, tokens, FEW_MAX + 1)
         slots = min(self.attention.slots(decode), self.plan.slots)
-        plan = self.plan.part(common.num_reqs, common.num_actual_tokens, slots)
+        plan = self.plan.part(batch, tokens, slots, self.attention.block_slots(prefill))
         tree = self.attention.tree
         plan.fill(common.query_start_loc, common.seq_lens, tree.split, tree.window)
         # A graph captured for one token a sequence is replayed for such batches alone.
         only_decodes = common.max_query_len <= plan.few
         chosen = None if only_decodes else prefill
-        return OneTreeMetadata(common.num_actual_tokens, common.block_table_tensor, plan, decode, chosen)
+        return OneTreeMetadata(tokens, common.block_table_tensor, plan, decode, chosen)
 
 
 class OneTreeImpl(AttentionImpl[OneTreeMetadata]):

@@ -71,8 +71,9 @@ class CUDAAttention(Attention):
     def _step(self) -> tuple[Plan, Decode, Prefill | None]:
         """Work lists and schedules."""
         attention, longest = self._workspace.attention, max(self.packed.lengths)
-        decode, prefill = attention.schedules(len(self.packed.lengths), longest, longest)
-        plan = attention.plan(len(self.packed.lengths), self.packed.rows, longest, decode, prefill)
+        padded = len(self.packed.lengths), self.packed.rows
+        decode, prefill = attention.schedules(*padded, longest)
+        plan = attention.plan(*padded, longest, decode, prefill)
         plan.fill(self.starts, self.lengths, attention.tree.split, attention.tree.window)
         return plan, decode, prefill
 

@@ -156,11 +156,14 @@ in_cuda = pytest.mark.parametrize("schedule", [s for s in PREFILL if s.cuda], id
         ("tree.cuh", "TILES_OF_SPLIT = 4", "TILES_OF_SPLIT = 8"),
         ("tree.cuh", "__fadd_rn(y[e], y[e + n])", "__fadd_rn(y[2 * e], y[2 * e + 1])"),
         ("prefill.cu", "__fmaf_rn(y.x, a[0], __fmul_rn(acc[0], b[0]))", "(y.x * a[0] + acc[0] * b[0])"),
+        ("prefill.cu", "keep(a, slot, head, w, rows, old, l, acc)", "keep(a, slot, head, w, rows, m, l, acc)"),
     ],
 )
 def test_faults_in_cuda_are_caught(
     monkeypatch: pytest.MonkeyPatch, schedule: Prefill, file: str, sound: str, fault: str
 ) -> None:
+    if sound.startswith("keep") and not schedule.pieces:
+        pytest.skip("keeps nothing")
     sources = {name: prefill_cuda._source(name) for name in ("hopper.cuh", "tree.cuh", "prefill.cu")}
     assert sound in sources[file]
     sources[file] = sources[file].replace(sound, fault)
@@ -212,13 +215,12 @@ def test_the_tree_is_close_to_the_exact_answer(name: str) -> None:
         assert error < 2**-7, (kind, error)
 
 
-@pytest.mark.parametrize("longest", [3000, 131072])
-def test_one_captured_graph_serves_every_batch_of_its_size(longest: int) -> None:
+def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
     """Captured at 8 padded sequences and 256 tokens; replayed with decodes, chunks and prompts of other lengths."""
     shape, dtype, _ = case("qwen")
     sequences = certify.Sequences(shape, 3000, dtype, kinds=("normal", "heavy"))
     gold = [sequences.run([(i, 0, 3000)], None, REFERENCE, dtype) for i in range(2)]
-    decode, prefill = shape.schedules(8, 256, longest)
+    decode, prefill = shape.schedules(8, 256, 256)
     q = torch.zeros(256, 32, 128, dtype=dtype, device="cuda")
     out, table = torch.zeros_like(q), torch.zeros(8, sequences.table.shape[1], dtype=torch.int32, device="cuda")
     start, kv_len = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (9, 8))
