@@ -31,8 +31,7 @@ Vec exponential(const Vec& d) {
     u = _mm512_fmadd_ps(u, s, Vec(c));
   }
   u = _mm512_fmadd_ps(_mm512_mul_ps(s, s), u, s);
-  u = _mm512_scalef_ps(_mm512_add_ps(Vec(1.0f), u), q);
-  return _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(d, Vec(-104.0f), _CMP_LT_OQ), _mm512_setzero_ps());
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(d, Vec(-104.0f), _CMP_NLT_UQ), _mm512_add_ps(Vec(1.0f), u), q);
 #else
   return d.exp();
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -132,6 +134,11 @@ def test_vllms_sampler_gives_the_same_for_less(dtype: torch.dtype, temperature: 
         assert one.dtype == other.dtype, name
         assert one.shape == other.shape, name
         assert torch.equal(one, other), name
+    # And as they reach the engine's process.
+    read = pickle.loads(pickle.dumps(ours.logprobs_tensors.tolists()))
+    assert type(read) is type(mine.logprobs_tensors.tolists())
+    for one, other in zip(read[:3], mine.logprobs_tensors.tolists()[:3], strict=True):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
     # A processor that changes what is likeliest, or may: vLLM's sampler sees to it.
     assert sampler._takes_the_likeliest(metadata) == greedy
     bias = LogitBiasLogitsProcessor(None, torch.device("cpu"), False)

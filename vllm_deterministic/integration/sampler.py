@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingType
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import DeterministicError
+from vllm_deterministic.integration.logprobs import ChosenLogprobs
 from vllm_deterministic.kernels.sampling.chosen import chosen_logprobs, compiled, likeliest
 from vllm_deterministic.kernels.sampling.noise import noise_seed
 from vllm_deterministic.kernels.sampling.top import top_logprobs
@@ -82,7 +83,7 @@ def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
         if _takes_the_likeliest(metadata) and (found := likeliest(logits)) is not None:
             token_ids, logprobs, ranks = found
             sampled = token_ids.to(torch.int32).unsqueeze(-1)
-            return SamplerOutput(sampled, LogprobsTensors(sampled, logprobs.unsqueeze(-1), ranks))
+            return SamplerOutput(sampled, ChosenLogprobs(sampled, logprobs.unsqueeze(-1), ranks))
         raw = logits.clone() if logits.dtype == torch.float32 else logits  # vLLM samples from f32 logits in place
         metadata.max_num_logprobs = None  # for the call: a copy of the metadata takes longer than most of this
         try:
@@ -90,7 +91,7 @@ def _no_others(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             metadata.max_num_logprobs = 0
         logprobs, ranks = chosen_logprobs(raw, output.sampled_token_ids.squeeze(-1).long())
-        output.logprobs_tensors = LogprobsTensors(output.sampled_token_ids, logprobs.unsqueeze(-1), ranks)
+        output.logprobs_tensors = ChosenLogprobs(output.sampled_token_ids, logprobs.unsqueeze(-1), ranks)
         return output
 
     return wrapped

@@ -26,7 +26,6 @@ __all__ = [
     "Signature",
     "canonical_body",
     "first_divergence",
-    "logprob_bits",
     "prompt_digest",
 ]
 
@@ -97,11 +96,6 @@ class Receipt(_Record):
         return canonical(self.model_dump(exclude={"signature"}))
 
 
-def logprob_bits(logprob: float) -> bytes:
-    """The float32 of a logprob, as vLLM's JSON tells it: -inf as -9999, NaN as every NaN."""
-    return _float32(max(logprob, _LOWEST_LOGPROB))
-
-
 def prompt_digest(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}q", *token_ids)).hexdigest()
 
@@ -111,30 +105,37 @@ class Chain:
 
     def __init__(self, prompt: str, index: int) -> None:
         self._index = index
-        self._last_token = self._last_logprob = hashlib.sha256(f"{prompt} {index}".encode()).digest()
-        self._tokens: list[str] = []
-        self._logprobs: list[str] = []
+        first = hashlib.sha256(f"{prompt} {index}".encode()).digest()
+        self._tokens, self._logprobs = [first], [first]
 
-    def add(self, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Adds the next tokens. Raises ValueError for another number of logprobs than of tokens."""
-        sha256, of_token, of_logprob = hashlib.sha256, self._last_token, self._last_logprob
-        for token, logprob in zip(token_ids, logprobs, strict=True):
-            of_token = sha256(of_token + _int64(token)).digest()
-            of_logprob = sha256(of_logprob + logprob_bits(logprob)).digest()
-            self._tokens.append(of_token[:_LINK_BYTES].hex())
-            self._logprobs.append(of_logprob[:_LINK_BYTES].hex())
-        self._last_token, self._last_logprob = of_token, of_logprob
+        if len(token_ids) != len(logprobs):
+            raise ValueError(f"{len(token_ids)} tokens and {len(logprobs)} logprobs")
+        _lengthen(self._tokens, map(_int64, token_ids))
+        _lengthen(self._logprobs, map(_float32, [max(logprob, _LOWEST_LOGPROB) for logprob in logprobs]))
 
     def finish(self, reason: str) -> ChoiceReceipt:
-        whole = hashlib.sha256(self._last_token + self._last_logprob + reason.encode())
+        whole = hashlib.sha256(self._tokens[-1] + self._logprobs[-1] + reason.encode())
         return ChoiceReceipt(
             index=self._index,
-            tokens=len(self._tokens),
+            tokens=len(self._tokens) - 1,
             finish_reason=reason,
-            token_chain=self._tokens,
-            logprob_chain=self._logprobs,
+            token_chain=_links(self._tokens),
+            logprob_chain=_links(self._logprobs),
             digest=whole.hexdigest(),
         )
+
+
+def _lengthen(digests: list[bytes], items: Iterable[bytes]) -> None:
+    sha256, last = hashlib.sha256, digests[-1]
+    for item in items:
+        last = sha256(last + item).digest()
+        digests.append(last)
+
+
+def _links(digests: list[bytes]) -> list[str]:
+    return [digest[:_LINK_BYTES].hex() for digest in digests[1:]]
 
 
 class Divergence(_Record):
