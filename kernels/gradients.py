@@ -20,7 +20,7 @@ from .norm.rms import tile
 __all__ = ["add_embeddings", "add_product", "add_rows", "norm_gradient", "silu_and_mul_gradient"]
 
 _ROWS = 64  # of a sequence in one step of the chain; a part of the order
-_END = 1 << 30  # where `_described` has every span end
+_END = tl.constexpr(1 << 30)  # where `_described` has every span end
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -103,8 +103,8 @@ def _tiles_of(spans: Sequence[slice], device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def _load(OPERAND, row, stop, column):
-    """A tile of `_described`'s: rows from `row` on, zeros from `stop` on. 1 << 30 is _END."""
-    tile = OPERAND.load([1 << 30, stop, (1 << 30) - (stop - row), column])
+    """A tile of `_described`'s: rows from `row` on, zeros from `stop` on."""
+    tile = OPERAND.load([_END, stop, row - stop + _END, column])
     return tl.reshape(tile, tile.shape[2:])
 
 
@@ -141,7 +141,7 @@ def _described(x: torch.Tensor, columns: int) -> TensorDescriptor:
         x = torch.nn.functional.pad(x, (0, missing))
     x = x.contiguous()
     most, stride = 0x7FFF0000, x.stride(0)
-    shape, strides = [most, most, _END, x.shape[1]], [2**34 - stride, stride, stride, 1]
+    shape, strides = [most, most, _END.value, x.shape[1]], [2**34 - stride, stride, stride, 1]
     return TensorDescriptor(x, shape, strides, [1, 1, _ROWS, columns])
 
 

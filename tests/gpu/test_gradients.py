@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -11,10 +12,13 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+import sequences  # noqa: E402
+from sequences import spans  # noqa: E402
 from vllm_deterministic.kernels import gradients  # noqa: E402
 
 QWEN3_8B = [(4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288), (151936, 4096)]
 ODD = [(1000, 517), (77, 4096)]  # not of whole tiles, nor of whole multiples of 16 bytes
+random = functools.partial(sequences.random, dtype=torch.bfloat16, device="cuda")
 LENGTHS = (1, 63, 64, 65, 700, 1023)
 
 
@@ -34,16 +38,6 @@ def _chain(DY, X, SUM, STARTS, sequences, n, k, ROWS: tl.constexpr, SIDE: tl.con
             x = tl.load(X + row[:, None] * k + rk, mask=(row < stop)[:, None] & (rk < k)[None, :], other=0.0)
             total = tl.dot(tl.trans(dy), x, total)
     tl.store(SUM + here, total, mask=inside)
-
-
-def spans(lengths: Sequence[int], start: int = 0) -> list[slice]:
-    edges = itertools.accumulate(lengths, initial=start)
-    return [slice(first, stop) for first, stop in itertools.pairwise(edges)]
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
 
 
 @pytest.mark.parametrize(("n", "k"), [*QWEN3_8B, *ODD])

@@ -3,7 +3,10 @@ card (tests/gpu/test_train.py)."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +15,13 @@ pytest.importorskip("triton")
 
 from vllm_deterministic.kernels import gradients  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+import sequences  # noqa: E402
+from sequences import spans  # noqa: E402
+
+random = functools.partial(sequences.random, device="cpu")
 EPSILON = 1e-5
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @dtypes
@@ -48,11 +52,7 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 
 
 LENGTHS = (5, 64, 131, 1, 70)
-
-
-def spans() -> list[slice]:
-    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
-    return [slice(end - length, end) for end, length in zip(ends, LENGTHS, strict=True)]
+SPANS = spans(LENGTHS)
 
 
 def summed(dy: torch.Tensor, x: torch.Tensor, groups: list[list[slice]]) -> torch.Tensor:
@@ -65,10 +65,10 @@ def summed(dy: torch.Tensor, x: torch.Tensor, groups: list[list[slice]]) -> torc
 @dtypes
 def test_products_that_go_on_have_the_same_bits(dtype: torch.dtype) -> None:
     dy, x = random(sum(LENGTHS), 200, dtype=dtype), random(sum(LENGTHS), 300, dtype=dtype, seed=1)
-    at_once = summed(dy, x, [spans()])
+    at_once = summed(dy, x, [SPANS])
     torch.testing.assert_close(at_once, (dy.double().t() @ x.double()).float(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(summed(dy, x, [[span] for span in spans()]), at_once)
-    assert torch.equal(summed(dy, x, [spans()[:2], spans()[2:]]), at_once)
+    assert torch.equal(summed(dy, x, [[span] for span in SPANS]), at_once)
+    assert torch.equal(summed(dy, x, [SPANS[:2], SPANS[2:]]), at_once)
     # Elsewhere in the batch, a sequence's rows are the same tiles.
     moved = [torch.cat([t[69:], t[:69]]) for t in (dy, x)]
     starts = {0: 202, 1: 207, 2: 0, 3: 131, 4: 132}
@@ -76,9 +76,9 @@ def test_products_that_go_on_have_the_same_bits(dtype: torch.dtype) -> None:
     assert torch.equal(summed(*moved, [again]), at_once)
     # What stands beside them is not read.
     beside = [torch.nn.functional.pad(t, (0, 0, 0, 70), value=torch.nan) for t in (dy, x)]
-    assert torch.equal(summed(*beside, [spans()]), at_once)
+    assert torch.equal(summed(*beside, [SPANS]), at_once)
     # The controls: another order, and tiles that do not begin with a sequence.
-    assert not torch.equal(summed(dy, x, [spans()[::-1]]), at_once)
+    assert not torch.equal(summed(dy, x, [SPANS[::-1]]), at_once)
     assert not torch.equal(summed(dy, x, [[slice(0, sum(LENGTHS))]]), at_once)
 
 
@@ -93,12 +93,12 @@ def test_sums_of_rows_that_go_on_have_the_same_bits(shape: tuple[int, ...], dtyp
             gradients.add_rows(total, terms, group)
         return total
 
-    at_once = summed([spans()])
+    at_once = summed([SPANS])
     want = terms.double().reshape(-1, shape[-1]).sum(0) + 1
     torch.testing.assert_close(at_once, want.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(summed([spans()[:2], spans()[2:]]), at_once)
+    assert torch.equal(summed([SPANS[:2], SPANS[2:]]), at_once)
     # The controls, as above.
-    assert not torch.equal(summed([spans()[::-1]]), at_once)
+    assert not torch.equal(summed([SPANS[::-1]]), at_once)
     assert not torch.equal(summed([[slice(0, sum(LENGTHS))]]), at_once)
 
 
