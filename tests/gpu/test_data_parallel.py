@@ -3,76 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-openai = pytest.importorskip("openai")
 pytest.importorskip("vllm")
 
-from vllm_deterministic.serving.receipts import Receipt  # noqa: E402
-from vllm_deterministic.serving.replay import find_receipt, replay  # noqa: E402
-from vllm_deterministic.verify.probes import Answer, Probe, compare, run_load  # noqa: E402
-from vllm_deterministic.verify.server import Server, serve  # noqa: E402
+from side_by_side import FEW_GRAPHS, PROBES, promise, receipt, serve_all  # noqa: E402
+
+from vllm_deterministic.serving.replay import replay  # noqa: E402
+from vllm_deterministic.verify.probes import Answer, compare, run_load  # noqa: E402
+from vllm_deterministic.verify.server import Server  # noqa: E402
 
 RANKS = 2
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two cards")
 
-HERE = Path(__file__).parent
-OPTIONS = (
-    "--load-format", "dummy", "--max-model-len", "4096", "--gpu-memory-utilization", "0.05",
-    "--kv-cache-memory-bytes", str(3 << 30), "--served-model-name", "made-up",
-    "--cudagraph-capture-sizes", "1", "2", "4", "8", "16", "32", "64",
-)  # fmt: skip
 TWO = ("--data-parallel-size", str(RANKS))
-# Name -> options, and which cards it sees.
 SIDES = {
-    "ranks": (("--deterministic", *TWO), "0,1"),
-    "alone": (("--deterministic",), "1"),
-    "no flag": (TWO, "0,1"),
+    "ranks": ("--deterministic", *TWO, *FEW_GRAPHS),
+    "alone": ("--deterministic", *FEW_GRAPHS),
+    "no flag": (*TWO, *FEW_GRAPHS),
 }
-_IDS = [100 + (7919 * step) % 30_000 for step in range(1537)]
-PROBES = (
-    Probe("greedy", _IDS[:257], max_tokens=64, logprobs=0, extra_body={"ignore_eos": True}),
-    Probe("seeded", _IDS[9:90], max_tokens=64, temperature=0.8, seed=11, logprobs=5, extra_body={"ignore_eos": True}),
-    Probe("long", _IDS, max_tokens=32, logprobs=0, extra_body={"ignore_eos": True}),
-)
+CARDS = {"ranks": "0,1", "alone": "1", "no flag": "0,1"}
 RUNS = 12
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
-    """Every side's server, all at once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
-    sys.path.insert(0, str(HERE))
-    import made_up
-
-    path = made_up.door(folder)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(SIDES)) as pool:
-
-        def start(side: str) -> Server:
-            options, cards = SIDES[side]
-            environment = {
-                "PYTHONPATH": path,
-                "CUDA_VISIBLE_DEVICES": cards,
-                "VLLM_CACHE_ROOT": str(folder / f"cache-{side.replace(' ', '-')}"),
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                "HF_HUB_OFFLINE": "1",
-            }
-            log = folder / f"{side.replace(' ', '-')}.log"
-            served = serve(folder / "llama", *OPTIONS, *options, env=environment, timeout=300, log=log)
-            return stack.enter_context(served)
-
-        yield dict(zip(SIDES, pool.map(start, SIDES), strict=True))
+    with serve_all(tmp_path_factory.mktemp("ranks"), SIDES, cards=CARDS) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +55,6 @@ def loaded(servers: Mapping[str, Server]) -> Callable[[str], dict[str, list[Answ
 
 def of_each_rank(server: Server) -> list[float]:
     return [server.metric("vllm:request_success_total", engine=str(rank)) for rank in range(RANKS)]
-
-
-def receipt(server: Server, rank: int | None = None) -> Receipt:
-    headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
-    http = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=server.base_url, api_key="x", max_retries=0, http_client=http) as client:
-        answer = client.completions.create(
-            model="made-up", prompt=_IDS[:300], max_tokens=64, temperature=0.8, extra_headers=headers,
-            extra_body={"ignore_eos": True, "deterministic": {"require": True, "receipt": True}},
-        )  # fmt: skip
-    return find_receipt(answer.model_dump_json())
-
-
-def promise(server: Server) -> Any:
-    http = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=server.url, api_key="x", max_retries=0, http_client=http) as client:
-        return client.get("/deterministic", cast_to=object)
 
 
 def test_they_promise_what_one_engine_promises(servers: Mapping[str, Server]) -> None:
@@ -133,7 +78,7 @@ def test_a_receipt_of_either_rank_is_that_of_one_engine(servers: Mapping[str, Se
     want = receipt(servers["alone"])
     for rank in range(RANKS):
         before = of_each_rank(servers["ranks"])[rank]
-        assert receipt(servers["ranks"], rank) == want
+        assert receipt(servers["ranks"], extra_headers={"X-data-parallel-rank": str(rank)}) == want
         assert of_each_rank(servers["ranks"])[rank] == before + 1
     assert replay(want, servers["ranks"].url).same_bits
     other = dataclasses.replace(PROBES[1], seed=12)

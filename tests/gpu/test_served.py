@@ -6,8 +6,6 @@ GPU_VERIFY_LEVEL and GPU_VERIFY_SECONDS ask for more than `standard` in 200 s; G
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,38 +14,27 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_deterministic.verify import Report, verify
-from vllm_deterministic.verify.server import serve
+from side_by_side import serve_all
 
-HERE = Path(__file__).parent
-OPTIONS = ("--load-format", "dummy", "--max-model-len", "4096", "--gpu-memory-utilization", "0.05")
+from vllm_deterministic.verify import Report, verify
+from vllm_deterministic.verify.server import Server
+
 SIDES = {"ours": ("--deterministic",), "default": ()}
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Report]:
-    folder = tmp_path_factory.mktemp("served")
-    subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
-    sys.path.insert(0, str(HERE))
-    import made_up
+    level = os.environ.get("GPU_VERIFY_LEVEL", "standard")
+    seconds = float(os.environ.get("GPU_VERIFY_SECONDS", "200"))
 
-    path = made_up.door(folder)
+    def examined(server: Server) -> Report:
+        return verify(server.base_url, level=level, max_seconds=seconds)
 
-    def examined(side: str) -> Report:
-        options = (*OPTIONS, "--kv-cache-memory-bytes", str(3 << 30), *SIDES[side])
-        environment = {
-            "PYTHONPATH": path,
-            "VLLM_CACHE_ROOT": str(folder / f"cache-{side}"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        with serve(folder / "qwen3", *options, env=environment, timeout=300) as server:
-            level = os.environ.get("GPU_VERIFY_LEVEL", "standard")
-            seconds = float(os.environ.get("GPU_VERIFY_SECONDS", "200"))
-            return verify(server.base_url, level=level, max_seconds=seconds)
-
-    with ThreadPoolExecutor(len(SIDES)) as pool:
-        return dict(zip(SIDES, pool.map(examined, SIDES), strict=True))
+    with (
+        serve_all(tmp_path_factory.mktemp("served"), SIDES, model="qwen3") as servers,
+        ThreadPoolExecutor(len(SIDES)) as pool,
+    ):
+        return dict(zip(servers, pool.map(examined, servers.values()), strict=True))
 
 
 def test_every_family_sees_the_same_bits(reports: Mapping[str, Report]) -> None:
