@@ -65,6 +65,7 @@ sys.exit(quickstart.main(["--model", sys.argv[1]]))
 """
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_server_too(folder):
     command = [sys.executable, "-c", INTERRUPTED, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

@@ -265,6 +265,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sorted(path.name for path in folder.iterdir()) == ["junit.xml", "report.html", "report.json"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_a_valid_partial_report(tmp_path: Path) -> None:
     with serving(Designed(seconds=0.05)) as endpoint:
         command = [sys.executable, "-m", "vllm_deterministic.cli", "verify", endpoint.url, "--report", str(tmp_path)]
