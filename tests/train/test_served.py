@@ -22,7 +22,7 @@ from vllm_deterministic.train import LiveServer, accumulate, deterministic_forwa
 from vllm_deterministic.verify.probes import Answer, Probe, ask
 from vllm_deterministic.verify.server import Server, serve
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.usefixtures("one_thread")]
 UPDATES = ("--weight-transfer-config", '{"backend": "safetensors"}')
 # Token ids that every model here has. The last prompt has more keys than a prefill's attention would take in one tile.
 PROMPTS = [[5 + token % 490 for token in range(length)] for length in (3, 40, 150, 700)]
