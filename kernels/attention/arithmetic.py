@@ -4,8 +4,34 @@ State of a block of rows: m and l [rows], acc [rows, head size]. Compile with en
 contracted but what is written fma.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def within(rows, d, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Mask of what exists of [rows, WIDTH]. rows: which rows do. Behind a head size that is no power of two nothing
+    does."""
+    mask = rows[:, None]
+    if WIDTH > D:
+        mask = mask & (d < D)[None, :]
+    return mask
+
+
+@triton.jit
+def halves(x, q):
+    """e4m3 elements in the type of q, exactly.
+
+    Where Triton sees that an operand of mma.sync was of 8 bits, it deals elements to instructions in another order,
+    which is another chain (step 1 and 6). It does not see past assembly with side effects."""
+    x = x.to(q.dtype)
+    if not _INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=q.dtype, is_pure=False, pack=2)
+    return x
 
 
 @triton.jit
@@ -22,6 +48,12 @@ def row_sum(p, ROWS: tl.constexpr, T: tl.constexpr):
 def softcap(x, tanh_scale):
     """tanh of a scaled score, step 1."""
     return 1.0 - tl.math.div_rn(2.0, tl.math.exp2(x * tanh_scale) + 1.0)
+
+
+@triton.jit
+def alibi(x, slope, ahead):
+    """ALiBi, step 1. slope: [rows], in units of x. ahead: [rows, T], how far a key lies before the row."""
+    return tl.fma(tl.broadcast_to(slope[:, None], x.shape), (-ahead).to(tl.float32), x)
 
 
 @triton.jit
@@ -60,9 +92,12 @@ def merge(M, L, A, m, l, acc):
 
 
 @triton.jit
-def finish(M, L, A, sink, SINK: tl.constexpr):
+def finish(M, L, A, sink, v_scale, SINK: tl.constexpr, E4M3: tl.constexpr):
     """Steps 8 and 9: the fp32 output. sink: [rows], the heads' sink logits in log2 units."""
     if SINK:
         M, L, A = merge(M, L, A, sink, tl.full(L.shape, 1.0, tl.float32), tl.full(A.shape, 0.0, tl.float32))
-    inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(tl.full(L.shape, 1.0, tl.float32), L))
+    whole = tl.full(L.shape, 1.0, tl.float32)
+    if E4M3:
+        whole = tl.zeros(L.shape, tl.float32) + v_scale
+    inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(whole, L))
     return tl.fma(A, tl.broadcast_to(inverse[:, None], A.shape), tl.full(A.shape, 0.0, tl.float32))

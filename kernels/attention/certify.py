@@ -22,7 +22,7 @@ from vllm_deterministic.errors import CertificationError
 from .. import certificates
 from ..certificates import Certificate
 from .launch import FEW_MAX, Attention, Batch, Cache
-from .reference import exact
+from .reference import exact, quantised
 from .schedules import DECODE, PREFILL, REFERENCE, Decode, Prefill
 from .tree import Tree
 
@@ -75,8 +75,12 @@ class Sequences:
             whole = pages.new_full((per * heads.page, heads.kv, 2 * size), self.stale)
             whole[: self.length] = torch.cat([k, v], -1)
             pages[self.table[i]] = whole.view(per, heads.page, heads.kv, 2 * size)
+        if self.attention.tree.e4m3:
+            pages = quantised(pages, 1.0)
         self.cache = Cache(pages[..., :size], pages[..., size:])
         self.sinks = torch.linspace(-2, 3, heads.query, device=device) if self.attention.tree.sink else None
+        steps = torch.arange(1, heads.query + 1, device=device)
+        self.slopes = torch.exp2(-8 * steps / heads.query) if self.attention.tree.alibi else None
 
     def _tensors(self, kind: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads, size = self.attention.heads, self.attention.tree.head_size
@@ -94,6 +98,9 @@ class Sequences:
             v[1::2] = -v[::2][: v[1::2].shape[0]] * (1 + 2**-7)
         elif kind == "poison":
             v[::3], k[1::5], q[2::7] = float("nan"), float("inf"), float("-inf")
+        tree = self.attention.tree
+        if tree.e4m3:  # as elements of the cache, each of which a half-precision type holds
+            k, v = quantised(k, tree.k_scale), quantised(v, tree.v_scale)
         return q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
 
     def run(
@@ -115,7 +122,7 @@ class Sequences:
         if decode is None:
             plan.few = 0
         plan.fill(start, kv_len, attention.tree.split, attention.tree.window)
-        attention.run(Batch(q, out, table, plan, self.sinks), self.cache, decode, prefill)
+        attention.run(Batch(q, out, table, plan, self.sinks, self.slopes), self.cache, decode, prefill)
         return out
 
     def rows(self, stretches: list[Stretch], gold: list[torch.Tensor]) -> torch.Tensor:
@@ -124,7 +131,7 @@ class Sequences:
     def exact(self, i: int, first: int, end: int) -> torch.Tensor:
         """fp64 [end - first, heads, head size]."""
         q, k, v = self.data[i]
-        return exact(self.attention.tree, q[first:end], k[:end], v[:end], first, self.sinks)
+        return exact(self.attention.tree, q[first:end], k[:end], v[:end], first, self.sinks, self.slopes)
 
 
 def _differing(got: torch.Tensor, want: torch.Tensor, owners: torch.Tensor) -> int:

@@ -11,31 +11,33 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .arithmetic import accumulate, finish, merge, merge_scales, row_sum, softcap, weigh
+from .arithmetic import accumulate, alibi, finish, halves, merge, merge_scales, row_sum, softcap, weigh, within
 
 __all__ = ["combine", "decode"]
 
 
 @triton.jit
-def _keep(STATE, ACC, row, d, real, m, l, acc, D: tl.constexpr):
+def _keep(STATE, ACC, row, d, real, m, l, acc, WIDTH: tl.constexpr):
     tl.store(STATE + row * 2, m, mask=real)
     tl.store(STATE + row * 2 + 1, l, mask=real)
-    tl.store(ACC + ((row * D)[:, None] + d[None, :]), acc, mask=real[:, None])
+    tl.store(ACC + ((row * WIDTH)[:, None] + d[None, :]), acc, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["bt_stride"])
 def decode(
     Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, PAGE_TABLE, c, tanh_scale,
-    log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head,
-    GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head, SLOPES,
+    slope_scale, v_scale,
+    GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr,
+    E4M3: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: KV heads (side by side: in memory a slot's heads are neighbours), pieces, blocks of ROWS rows (token, head
     of the group).
 
     Q, O: [tokens, heads, D]. K, V: pages of [slot, KV head, D] by strides in elements; K_TILES, V_TILES: the same as
-    rows of slots, for TMA. STATE: [slots * FEW * heads, 2] m and l; ACC: [slots * FEW * heads, D].
+    rows of slots, for TMA. STATE: [slots * FEW * heads, 2] m and l; ACC: [slots * FEW * heads, WIDTH].
     """
     if PDL:
         gdc_launch_dependents()  # combine may be launched; it waits for the end of this grid
@@ -55,9 +57,10 @@ def decode(
             head = kv * GROUP + row % GROUP
             real = token < queries
             position = keys - queries + token
-            d = tl.arange(0, D)
+            d = tl.arange(0, WIDTH)
+            here = within(real, d, D, WIDTH)
             at = (start + token).to(tl.int64)
-            q = tl.load(Q + ((at * q_token + head * D)[:, None] + d[None, :]), mask=real[:, None], other=0.0)
+            q = tl.load(Q + ((at * q_token + head * D)[:, None] + d[None, :]), mask=here, other=0.0)
             pages = PAGE_TABLE + b.to(tl.int64) * bt_stride
             m = tl.full((ROWS,), float("-inf"), tl.float32)
             l = tl.zeros((ROWS,), tl.float32)
@@ -65,6 +68,9 @@ def decode(
             M = m
             L = l
             A = acc
+            slope = m
+            if ALIBI:
+                slope = tl.load(SLOPES + head) * slope_scale
             tiles = (tl.minimum(end * S, keys) + T - 1) // T
             page = tl.load(pages + first * S // PAGE)
             for j in tl.range(first * (S // T), tiles, num_stages=STAGES):
@@ -77,16 +83,22 @@ def decode(
                     if PAGE % T == 0:
                         slots = page.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
                     else:
-                        held = tl.load(pages + key // PAGE, mask=key < keys, other=0)
-                        slots = held.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
-                    k = tl.load(K + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
-                    v = tl.load(V + slots[:, None] + d[None, :], mask=(key < keys)[:, None], other=0.0)
+                        of_key = tl.load(pages + key // PAGE, mask=key < keys, other=0)
+                        slots = of_key.to(tl.int64) * kv_page + key % PAGE * kv_slot + kv * kv_head
+                    held = within(key < keys, d, D, WIDTH)
+                    k = tl.load(K + slots[:, None] + d[None, :], mask=held, other=0.0)
+                    v = tl.load(V + slots[:, None] + d[None, :], mask=held, other=0.0)
+                if E4M3:
+                    k = halves(k, q)
+                    v = halves(v, q)
                 if PAGE % T == 0:
                     page = tl.load(pages + tl.minimum(j + 1, tiles - 1) * T // PAGE)
                 x = tl.dot(q, tl.trans(k))
                 if SOFTCAP:
                     x = softcap(x, tanh_scale)
                 ahead = position[:, None] - key[None, :]
+                if ALIBI:
+                    x = alibi(x, slope, ahead)
                 seen = ahead >= 0
                 if WINDOW > 0:
                     seen = seen & (ahead < WINDOW)
@@ -97,7 +109,7 @@ def decode(
                         M, L, A = merge(M, L, A, m, l, acc)
                     else:
                         kept = (slot + j // (S // T) - first) * FEW + token
-                        _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, D)
+                        _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, WIDTH)
                     m = tl.full((ROWS,), float("-inf"), tl.float32)
                     l = tl.zeros((ROWS,), tl.float32)
                     acc = tl.zeros(q.shape, tl.float32)
@@ -105,19 +117,21 @@ def decode(
                 sink = M
                 if SINK:
                     sink = tl.load(SINKS + head) * log2e
-                o = finish(M, L, A, sink, SINK)
+                o = finish(M, L, A, sink, v_scale, SINK, E4M3)
                 to = O + ((at * o_token + head * D)[:, None] + d[None, :])
-                tl.store(to, o.to(O.dtype.element_ty), mask=real[:, None])
+                tl.store(to, o.to(O.dtype.element_ty), mask=here)
             elif slot < -1:
                 kept = (-2 - slot) * FEW + token
-                _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, D)
+                _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, WIDTH)
 
 
 @triton.jit
-def _merge_kept(M, L, A, STATE, ACC, row, first, end, d, D: tl.constexpr, STRIDE: tl.constexpr, BATCH: tl.constexpr):
+def _merge_kept(
+    M, L, A, STATE, ACC, row, first, end, d, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
     """(M, L, A) with splits [first, end) of a row, ascending. `row`: where split `first` is kept. All of a batch are on
     their way before the first is merged."""
-    zero = tl.zeros((D,), tl.float32)
+    zero = tl.zeros((WIDTH,), tl.float32)
     for split in tl.range(first, end, BATCH):
         batch = ()
         for i in tl.static_range(BATCH):
@@ -126,7 +140,7 @@ def _merge_kept(M, L, A, STATE, ACC, row, first, end, d, D: tl.constexpr, STRIDE
             m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
             l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
             # A mask as wide as d: Triton's interpreter cannot broadcast a truth value.
-            batch += ((m, l, tl.load(ACC + at * D + d, mask=d * 0 + split + i < end, other=0.0)),)
+            batch += ((m, l, tl.load(ACC + at * WIDTH + d, mask=d * 0 + split + i < end, other=0.0)),)
         for i in tl.static_range(BATCH):
             m, l, acc = batch[i]
             M, a, b = merge_scales(M, m)
@@ -138,9 +152,9 @@ def _merge_kept(M, L, A, STATE, ACC, row, first, end, d, D: tl.constexpr, STRIDE
 
 @triton.jit
 def combine(
-    O, SINKS, STATE, ACC, SEQUENCES, log2e, o_token,
-    Q_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, FEW: tl.constexpr, BATCH: tl.constexpr,
-    PDL: tl.constexpr,
+    O, SINKS, STATE, ACC, SEQUENCES, log2e, o_token, v_scale,
+    Q_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, E4M3: tl.constexpr,
+    FEW: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences, programs that share a sequence's rows (query token, head); a thread per element. The first slot
     holds a merge already; splits ascending after it."""
@@ -153,27 +167,34 @@ def combine(
     if PDL:
         gdc_wait()  # in every program: what follows combine must not begin before decode has ended
     rows = tl.where(slot >= 0, queries * Q_HEADS, 0)
-    d = tl.arange(0, D)
-    zero = tl.zeros((D,), tl.float32)
+    d = tl.arange(0, WIDTH)
+    zero = tl.zeros((WIDTH,), tl.float32)
     for place in range(tl.program_id(1), rows, tl.num_programs(1)):
         row = slot.to(tl.int64) * (FEW * Q_HEADS) + place
         M = tl.load(STATE + row * 2)
         L = tl.load(STATE + row * 2 + 1)
-        A = tl.load(ACC + row * D + d)
+        A = tl.load(ACC + row * WIDTH + d)
         row += FEW * Q_HEADS
         # A row waits for memory once a batch, so many splits come in large ones; few would have to wait for more code.
         STRIDE: tl.constexpr = FEW * Q_HEADS
         MANY: tl.constexpr = 4 * BATCH
         by_many = tl.minimum(splits, merged + (splits - merged + BATCH) // MANY * MANY)
-        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, merged, by_many, d, D, STRIDE, MANY)
+        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, merged, by_many, d, WIDTH, STRIDE, MANY)
         row += (by_many - merged).to(tl.int64) * STRIDE
-        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, by_many, splits, d, D, STRIDE, BATCH)
+        M, L, A = _merge_kept(M, L, A, STATE, ACC, row, by_many, splits, d, WIDTH, STRIDE, BATCH)
         head = place % Q_HEADS
         if SINK:
             M, a, b = merge_scales(M, tl.load(SINKS + head) * log2e)
             L = tl.fma(L, a, b)
             A = tl.fma(A, zero + a, zero * b)
-        inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(1.0, L))
+        if E4M3:
+            inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(v_scale, L))
+        else:
+            inverse = tl.where(L == 0.0, 0.0, tl.math.div_rn(1.0, L))
         o = tl.fma(A, zero + inverse, zero)
         at = (start + place // Q_HEADS).to(tl.int64)
-        tl.store(O + at * o_token + head * D + d, o.to(O.dtype.element_ty))
+        to = O + at * o_token + head * D + d
+        if WIDTH > D:
+            tl.store(to, o.to(O.dtype.element_ty), mask=d < D)
+        else:
+            tl.store(to, o.to(O.dtype.element_ty))

@@ -66,8 +66,8 @@ class Cache:
 class Batch:
     """What one call works on. q, out: [tokens, query heads, head size], heads adjacent; out of q's dtype or fp32.
 
-    page_table: [sequences, pages] int32. plan: filled for these sequences. sinks: [query heads] fp32, with a tree that
-    has them.
+    page_table: [sequences, pages] int32. plan: filled for these sequences. sinks, slopes (of ALiBi): [query heads]
+    fp32, with a tree that has them.
     """
 
     q: torch.Tensor
@@ -75,6 +75,7 @@ class Batch:
     page_table: torch.Tensor
     plan: Plan
     sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Scratch:
     def empty(cls, query_heads: int, head_size: int, device: torch.device | str) -> Scratch:
         rows = _SCRATCH_SPLITS * query_heads
         taken = torch.zeros(2, dtype=torch.int32, device=device)
-        return cls(torch.empty(rows, 2, device=device), torch.empty(rows, head_size, device=device), taken)
+        width = triton.next_power_of_2(head_size)
+        return cls(torch.empty(rows, 2, device=device), torch.empty(rows, width, device=device), taken)
 
 
 @dataclass
@@ -205,6 +207,12 @@ class Attention:
             "WINDOW": tree.window, "SOFTCAP": tree.softcap > 0, "SINK": tree.sink, "enable_fp_fusion": False,
         }  # fmt: skip
 
+    @cached_property
+    def _by_pointers(self) -> dict[str, Any]:
+        """Constants of the kernels that know every tree."""
+        tree = self.tree
+        return {**self._constants, "WIDTH": tree.width, "ALIBI": tree.alibi, "E4M3": tree.e4m3}
+
     def _lengths(self, batch: Batch) -> tuple[Any, ...]:
         tree, table = self.tree, batch.page_table
         return table, tree.log2_scale, tree.tanh_scale, LOG2E, table.stride(0)
@@ -213,10 +221,10 @@ class Attention:
         """What this layer's kernels are compiled for; None where a pointer is not aligned."""
         plan, q, out, sinks = batch.plan, batch.q, batch.out, batch.sinks
         pointers = (q, out, cache.k, cache.v, batch.page_table, sinks, plan.pieces, plan.blocks, plan.sequences)
-        if not aligned(*pointers, plan.counts):
+        if not aligned(*pointers, plan.counts, batch.slopes):
             return None
         strides = (q.stride(0), out.stride(0), cache.k.stride(), cache.rows[2:])
-        return schedule.name, plan.few, q.dtype, out.dtype, sinks is None, *strides
+        return schedule.name, plan.few, q.dtype, out.dtype, sinks is None, batch.slopes is None, *strides
 
     def _decode(self, batch: Batch, cache: Cache, decode: Decode) -> None:
         tree, heads, plan, rows, out = self.tree, self.heads, batch.plan, cache.rows, batch.out
@@ -228,8 +236,9 @@ class Attention:
             key, (heads.kv, plan.pieces.shape[0], -(-plan.few * heads.group // decode.rows)),
             batch.q, cache.k, cache.v, *tiles, *partial, plan.pieces, plan.counts, *self._lengths(batch),
             batch.q.stride(0), out.stride(0), *cache.k.stride()[:3], *rows[2:],
+            batch.slopes, tree.slope_scale, tree.v_scale,
             constants=lambda: {
-                **self._constants, **few, "ROWS": decode.rows, "TMA": decode.tma, "STAGES": decode.stages,
+                **self._by_pointers, **few, "ROWS": decode.rows, "TMA": decode.tma, "STAGES": decode.stages,
                 "num_warps": decode.warps,
             },
         )  # fmt: skip
@@ -237,10 +246,10 @@ class Attention:
             # As many programs as the card holds at once: where most sequences have nothing to combine, more cost time.
             share = min(plan.few * heads.query, -(-2 * self.multiprocessors // plan.batch))
             self._combine_kernel.launch(
-                key, (plan.batch, share, 1), *partial, plan.sequences, LOG2E, out.stride(0),
+                key, (plan.batch, share, 1), *partial, plan.sequences, LOG2E, out.stride(0), tree.v_scale,
                 constants=lambda: {
-                    **few, "D": tree.head_size, "SINK": tree.sink, "BATCH": 16, "num_warps": tree.head_size // 32,
-                    "enable_fp_fusion": False, "launch_pdl": self.hopper,
+                    **few, "D": tree.head_size, "WIDTH": tree.width, "SINK": tree.sink, "E4M3": tree.e4m3, "BATCH": 16,
+                    "num_warps": tree.width // 32, "enable_fp_fusion": False, "launch_pdl": self.hopper,
                 },
             )  # fmt: skip
 
@@ -274,9 +283,9 @@ class Attention:
         else:
             self._prefill_kernel.launch(
                 key, (blocks, heads.query, 1), q, cache.k, cache.v, *work, q.stride(0), batch.out.stride(0),
-                *cache.k.stride()[:3],
+                *cache.k.stride()[:3], batch.slopes, tree.slope_scale, tree.v_scale,
                 constants=lambda: {
-                    **self._constants, "ROWS": prefill.rows, "STAGES": prefill.stages, "num_warps": prefill.warps,
+                    **self._by_pointers, "ROWS": prefill.rows, "STAGES": prefill.stages, "num_warps": prefill.warps,
                 },
             )  # fmt: skip
 
@@ -290,12 +299,16 @@ class Attention:
                 )
         if cache.k.shape[1:] != (heads.page, heads.kv, tree.head_size) or cache.k.stride(3) != 1:
             raise ConfigurationError(f"the KV cache {tuple(cache.k.shape)} does not fit {heads} of {tree.head_size}")
-        if q.dtype not in (torch.bfloat16, torch.float16) or cache.k.dtype != q.dtype or cache.v.dtype != q.dtype:
+        held = torch.float8_e4m3fn if tree.e4m3 else q.dtype
+        if q.dtype not in (torch.bfloat16, torch.float16) or cache.k.dtype != held or cache.v.dtype != held:
             raise UnsupportedError(
-                f"attention of {q.dtype} over a cache of {cache.k.dtype} is not covered: bf16 and fp16 are"
+                f"attention of {q.dtype} over a cache of {cache.k.dtype} is not covered: bf16 and fp16 are, over "
+                f"{'e4m3, as the tree says' if tree.e4m3 else 'their own type'}"
             )
         if tree.sink and batch.sinks is None:
             raise ConfigurationError("the tree has attention sinks: pass sinks")
+        if tree.alibi and batch.slopes is None:
+            raise ConfigurationError("the tree has ALiBi: pass slopes")
 
     def _tiles(self, cache: Cache, rows: tuple[int, ...], gluon: bool) -> tuple[Any, Any]:
         """TMA descriptors of the cache's K and V, in tiles."""

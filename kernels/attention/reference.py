@@ -11,9 +11,9 @@ import math
 
 import torch
 
-from .tree import LOG2E, Tree
+from .tree import E4M3_MAX, LOG2E, Tree
 
-__all__ = ["exact", "follow"]
+__all__ = ["exact", "follow", "quantised"]
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -29,13 +29,31 @@ def _visible(tree: Tree, positions: torch.Tensor, keys: torch.Tensor) -> torch.T
     return seen
 
 
+def _biases(slopes: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[heads, rows, keys] of ALiBi."""
+    return slopes[:, None, None] * (keys[None, :] - positions[:, None])
+
+
+def quantised(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """What an e4m3 cache holds of keys or values."""
+    # By a tensor: torch divides by a number on a card as it multiplies with the inverse.
+    divisor = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    return (x.float() / divisor).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def follow(
-    tree: Tree, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, sinks: torch.Tensor | None = None
+    tree: Tree,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: int,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 [rows, heads, D]: queries at positions start, start + 1 … over keys from 0.
 
-    q: [rows, heads, D], k and v: [keys, kv heads, D], of one half-precision type; sinks: [heads] fp32 where the tree
-    has them.
+    q: [rows, heads, D], k and v: [keys, kv heads, D] as the cache holds them, of q's type or e4m3; sinks, slopes:
+    [heads] fp32 where the tree has them.
     """
     rows, heads, size = q.shape
     half, c = q.dtype, torch.tensor(tree.log2_scale, dtype=torch.float32)
@@ -58,6 +76,9 @@ def follow(
             x = _scores(q.float(), k[keys].float())  # 1
             if tree.softcap:
                 x = 1 - 2 / (1 + torch.exp2(x * tree.tanh_scale))
+            if tree.alibi:
+                assert slopes is not None
+                x = (x.double() + _biases((slopes * tree.slope_scale).double(), positions, keys)).float()
             x = x.masked_fill(~_visible(tree, positions, keys), -math.inf)  # 2
             top = torch.maximum(m, x.amax(-1, keepdim=True) * c)  # 3
             base = torch.where(top == -math.inf, zero, top)
@@ -75,23 +96,32 @@ def follow(
         total = merge(
             total, ((sinks.float() * LOG2E)[:, None, None].expand(heads, rows, 1), zero + 1, torch.zeros_like(total[2]))
         )
-    out = torch.where(total[1] == 0, torch.zeros_like(total[2]), total[2] * (1 / total[1]) + 0.0)  # 9
+    out = torch.where(total[1] == 0, torch.zeros_like(total[2]), total[2] * (tree.v_scale / total[1]) + 0.0)  # 9
     return out.transpose(0, 1)
 
 
 def exact(
-    tree: Tree, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, sinks: torch.Tensor | None = None
+    tree: Tree,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: int,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp64 [rows, heads, D]: softmax attention by its definition. Arguments as `follow`; on any device."""
     positions = torch.arange(start, start + q.shape[0], device=q.device)
-    x = _scores(q.double(), k.double()) * tree.scale
+    x = _scores(q.double(), k.double()) * tree.scale * tree.k_scale
     if tree.softcap:
         x = tree.softcap * torch.tanh(x / tree.softcap)
     keys = torch.arange(k.shape[0], device=q.device)
+    if tree.alibi:
+        assert slopes is not None
+        x = x + _biases(slopes.double(), positions, keys)
     x = x.masked_fill(~_visible(tree, positions, keys), -math.inf)
     if tree.sink:
         assert sinks is not None
         x = torch.cat([x, sinks.double()[:, None, None].expand(-1, x.shape[1], 1)], -1)
     p = x.softmax(-1)[..., : k.shape[0]]
-    values = v.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    values = v.double().repeat_interleave(q.shape[1] // k.shape[1], 1) * tree.v_scale
     return torch.einsum("htk,khd->thd", p, values)

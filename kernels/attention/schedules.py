@@ -47,7 +47,7 @@ class Decode:
     def eligible(self, tree: Tree, heads: Heads, hopper: bool) -> bool:
         """Whether it is for this layer: by TMA where that can be, else not. Tiles of head size 256 leave no room for a
         pipeline by TMA."""
-        return self.tma == (hopper and heads.page % tree.tile == 0 and tree.head_size <= 128)
+        return self.tma == (hopper and heads.page % tree.tile == 0 and tree.head_size <= 128 and tree.plain)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Prefill:
             return self.rows == 64
         if self.cuda or self.warp_specialised:
             plain = tree.head_size == 128 and not (tree.window or tree.softcap or tree.sink)
-            return hopper and heads.page % tree.tile == 0 and (plain or not self.cuda)
-        return self.rows == 128 or not hopper
+            return hopper and heads.page % tree.tile == 0 and tree.plain and (plain or not self.cuda)
+        return self.rows == 128 or not hopper or not tree.plain
 
 
 # The simplest kernel on the tree: one tile at a time, no pipeline. Its bits are the tree's.

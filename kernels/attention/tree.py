@@ -6,7 +6,7 @@ operation rounded to nearest and none contracted unless written fma:
 
     at the start of a split: m = -inf, l = 0, acc[d] = 0. For its tiles, ascending:
     1. x[k] = chain of tensor-core products q * k, head size ascending, from zero; a softcap maps x to tanh(x * scale
-       / cap)
+       / cap); ALiBi makes it fma(slope * u, k - position, x), slope * u rounded      u: 1 / scale, or 1 / cap
     2. x[k] = -inf where the row does not see key k (future, or left of its window)
     3. top = max(m, max_k(x) * c)      c: scale * log2(e), or cap * log2(e); so m is in log2 units
        base = 0 where top == -inf, else top
@@ -18,6 +18,16 @@ operation rounded to nearest and none contracted unless written fma:
        L = fma(L, a, l * b); A[d] = fma(A[d], a, acc[d] * b); M = top
     8. an attention sink is one more split: m = sink * log2(e), l = 1, acc = 0
     9. o[d] = fma(A[d], 1 / L, +0), 1 / L rounded to nearest; o = 0 where L == 0. Then one rounding to the output type.
+
+c, u and the softcap's factor are rounded to fp32 once each. k - position counts from the sequence's first token, and is
+exact in fp32 up to 2^24 tokens.
+
+An e4m3 cache holds key / k_scale and value / v_scale: divided in fp32, set to +-448 where they are beyond, rounded to
+e4m3. Steps 1 and 6 take its elements in the half-precision type of q, which holds each of them; k_scale is a factor of
+scale everywhere above, and step 9 has v_scale / L, rounded once, in place of 1 / L. Scales are fixed before the first
+token.
+
+A head size that is no power of two is summed as the next one, with zeros behind: they change nothing.
 
 A tile or split that a row sees nothing of leaves its state as it was, bit for bit (alpha = 1, p = 0). So a schedule may
 start before a row's window, run past its end, or merge empty splits; how it cuts the rest into programs is its own
@@ -36,12 +46,16 @@ from vllm_deterministic.errors import UnsupportedError
 
 from ..certificates import digest
 
-__all__ = ["HEAD_SIZES", "LOG2E", "Tree", "tree_for"]
+__all__ = ["CACHES", "E4M3_MAX", "HEAD_SIZES", "LOG2E", "Tree", "tree_for"]
 
 LOG2E = math.log2(math.e)
 # head size -> (tile, split). At 256, tiles of 128 keys do not fit a multiprocessor's shared memory.
-_SIZES = {64: (128, 512), 128: (128, 512), 256: (64, 512)}
+_SIZES = {64: (128, 512), 96: (128, 512), 128: (128, 512), 192: (64, 512), 256: (64, 512)}
 HEAD_SIZES = tuple(_SIZES)
+CACHES = ("half", "e4m3")
+E4M3_MAX = 448.0
+# Fields of Tree that came after the first digests: their defaults are not hashed.
+_LATER = {"alibi": False, "cache": "half", "k_scale": 1.0, "v_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Tree:
     tile, split: keys per tile and per split; split is a multiple of tile.
     scale: what scores are multiplied with. softcap: 0 for none, else scores become softcap * tanh(score / softcap).
     window: how many keys a row sees, itself included; 0 for all before it. sink: whether heads have sink logits.
+    alibi: whether heads have ALiBi slopes. cache: "half" for keys and values in q's type, or "e4m3" with their scales.
     """
 
     head_size: int
@@ -62,21 +77,46 @@ class Tree:
     sink: bool = False
     row_sum: str = "halving"
     merge: str = "ascending"
+    alibi: bool = False
+    cache: str = "half"
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def e4m3(self) -> bool:
+        return self.cache == "e4m3"
+
+    @property
+    def width(self) -> int:
+        """The head size as it is summed: a power of two."""
+        return 1 << (self.head_size - 1).bit_length()
+
+    @property
+    def plain(self) -> bool:
+        """Whether tiles of the cache are operands as they lie there, and a score depends on no position."""
+        return self.width == self.head_size and not self.alibi and not self.e4m3
 
     @property
     def log2_scale(self) -> float:
         """c of step 3: turns x into log2 units."""
-        return (self.softcap or self.scale) * LOG2E
+        return (self.softcap or self.scale * self.k_scale) * LOG2E
 
     @property
     def tanh_scale(self) -> float:
         """tanh(x * scale / cap) is 1 - 2 / (1 + ex2(x * tanh_scale)); 0 without softcap."""
-        return 2 * LOG2E * self.scale / self.softcap if self.softcap else 0.0
+        return 2 * LOG2E * (self.scale * self.k_scale) / self.softcap if self.softcap else 0.0
+
+    @property
+    def slope_scale(self) -> float:
+        """u of step 1: turns a slope into units of x."""
+        return 1 / (self.softcap or self.scale * self.k_scale)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the tree, in hex; part of the numerics id."""
-        return digest({"operator": "attention", **asdict(self)})
+        """sha256 of the tree, in hex; part of the numerics id. Fields that came later count where they say something:
+        the digest of a tree without them stays what it was."""
+        said = {name: value for name, value in asdict(self).items() if value != _LATER.get(name)}
+        return digest({"operator": "attention", **said})
 
 
 def tree_for(
@@ -86,8 +126,14 @@ def tree_for(
     softcap: float = 0.0,
     window: int = 0,
     sink: bool = False,
+    alibi: bool = False,
+    cache: str = "half",
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tree:
-    """The tree of a layer. scale: 1 / sqrt(head_size) by default. Raises UnsupportedError for what has no tree yet."""
+    """The tree of a layer. scale: 1 / sqrt(head_size) by default. k_scale, v_scale: of an e4m3 cache.
+
+    Raises UnsupportedError for what has no tree yet."""
     if head_size not in _SIZES:
         known = ", ".join(str(size) for size in HEAD_SIZES)
         raise UnsupportedError(f"attention with head size {head_size} is not covered (covered: {known})")
@@ -96,5 +142,15 @@ def tree_for(
     scale = head_size**-0.5 if scale is None else scale
     if scale <= 0:
         raise UnsupportedError(f"attention scale {scale} is not covered: it must be positive")
+    if cache not in CACHES:
+        raise UnsupportedError(f"a KV cache of {cache} is not covered (covered: {', '.join(CACHES)})")
+    if (k_scale, v_scale) != (1.0, 1.0) and cache != "e4m3":
+        raise UnsupportedError(
+            f"scales {k_scale} and {v_scale} of a KV cache of {cache} are not covered (covered: e4m3)"
+        )
+    if not all(0 < s < math.inf for s in (k_scale, v_scale)):
+        raise UnsupportedError(f"scales {k_scale} and {v_scale} of a KV cache must be positive and finite")
     tile, split = _SIZES[head_size]
-    return Tree(head_size, tile, split, scale, softcap, window, sink)
+    return Tree(
+        head_size, tile, split, scale, softcap, window, sink, alibi=alibi, cache=cache, k_scale=k_scale, v_scale=v_scale
+    )

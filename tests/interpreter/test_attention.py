@@ -8,6 +8,7 @@ in.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from vllm_deterministic.kernels.attention.combine import combine_blocks  # noqa: E402
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
 from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
-from vllm_deterministic.kernels.attention.reference import exact, follow  # noqa: E402
+from vllm_deterministic.kernels.attention.reference import exact, follow, quantised  # noqa: E402
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill  # noqa: E402
 from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
 
@@ -30,7 +31,17 @@ VARIANTS = {
     "softcap": dataclasses.replace(SMALL, softcap=3.0),
     "sink": dataclasses.replace(SMALL, sink=True),
     "all": dataclasses.replace(SMALL, sink=True, window=100, softcap=5.0),
+    "96": dataclasses.replace(tree_for(96), tile=16, split=64),
+    "192": dataclasses.replace(tree_for(192), tile=16, split=64),
+    "alibi": dataclasses.replace(SMALL, alibi=True),
+    "e4m3": dataclasses.replace(SMALL, cache="e4m3", k_scale=0.03, v_scale=0.4),
+    "new all": dataclasses.replace(
+        tree_for(96, window=70, softcap=4.0, sink=True, alibi=True, cache="e4m3", k_scale=0.02, v_scale=1.5),
+        tile=16,
+        split=64,
+    ),
 }
+NEW = ("96", "192", "alibi", "e4m3", "new all")
 # (keys, query tokens): one decode, a chunk, a whole prompt, a verify step, one key.
 BATCH = [(150, 1), (133, 40), (20, 20), (90, 3), (1, 1)]
 
@@ -47,14 +58,22 @@ class Sequences:
         self.table = torch.zeros(len(lengths), max(-(-length // heads.page) for length in lengths), dtype=torch.int32)
         for b, length in enumerate(lengths):
             q = torch.randn(length, heads.query, tree.head_size, generator=generator).half()
-            kv = torch.randn(length, heads.kv, 2 * tree.head_size, generator=generator).half()
+            kv = torch.randn(length, heads.kv, 2 * tree.head_size, generator=generator)
+            if tree.e4m3:  # as the cache's elements
+                kv = torch.cat([quantised(kv[..., : tree.head_size], tree.k_scale),
+                                quantised(kv[..., tree.head_size :], tree.v_scale)], -1)  # fmt: skip
+            kv = kv.half()
             self.data.append((q, kv[..., : tree.head_size], kv[..., tree.head_size :]))
             for at in range(0, length, heads.page):
                 page = order.pop()
                 self.table[b, at // heads.page] = page
                 part = kv[at : at + heads.page]
                 pages[page, : len(part)] = part
+        if tree.e4m3:  # the interpreter takes its NaN for 480, which is seen as well
+            pages = quantised(pages, 1.0)
         self.cache = Cache(pages[..., : tree.head_size], pages[..., tree.head_size :])
+        # Flat enough that far keys count.
+        self.slopes = torch.exp2(-2 - torch.arange(heads.query)) if tree.alibi else None
 
 
 def run(
@@ -76,7 +95,7 @@ def run(
     plan.slots = slots
     plan.pieces = torch.zeros(slots + len(batch), 8, dtype=torch.int32)
     plan.fill(start, kv_len, tree.split, tree.window)
-    batch_ = Batch(q, out, sequences.table, plan, sinks)
+    batch_ = Batch(q, out, sequences.table, plan, sinks, sequences.slopes)
     attention.run(batch_, sequences.cache, decode, prefill)
     return list(out.split([n for _, n in batch])), sequences
 
@@ -85,8 +104,9 @@ def run(
 def test_the_reference_is_the_exact_answer(variant: str) -> None:
     tree = VARIANTS[variant]
     sinks = torch.linspace(-1, 2, 6)
-    q, k, v = Sequences(tree, Heads(6, 2, 16), [200]).data[0]
-    got, want = follow(tree, q[150:], k, v, 150, sinks), exact(tree, q[150:], k, v, 150, sinks)
+    sequences = Sequences(tree, Heads(6, 2, 16), [200])
+    (q, k, v), of_heads = sequences.data[0], (sinks, sequences.slopes)
+    got, want = follow(tree, q[150:], k, v, 150, *of_heads), exact(tree, q[150:], k, v, 150, *of_heads)
     # p is rounded to half precision, 2^-11 relative; the rest is fp32.
     assert ((got - want).norm() / want.norm()).item() < 2**-11
 
@@ -97,8 +117,53 @@ def test_kernels_in_the_interpreter_give_the_exact_answer(variant: str, page: in
     tree, heads, sinks = VARIANTS[variant], Heads(6, 2, page), torch.linspace(-1, 2, 6)
     got, sequences = run(tree, heads, BATCH, Decode("decode"), Prefill("prefill", rows=16), sinks)
     for out, (q, k, v), (keys, n) in zip(got, sequences.data, BATCH, strict=True):
-        want = exact(tree, q[keys - n :], k, v, keys - n, sinks)
+        want = exact(tree, q[keys - n :], k, v, keys - n, sinks, sequences.slopes)
         assert ((out - want).norm() / want.norm()).item() < 2**-11
+
+
+@pytest.mark.parametrize("variant", NEW)
+def test_pieces_and_blocks_of_other_sizes_give_the_same_bits(variant: str) -> None:
+    tree, heads, sinks = VARIANTS[variant], Heads(6, 2, 16), torch.linspace(-1, 2, 6)
+    batch = [(150, 2), (133, 40), (20, 20)]
+    decode, prefill = Decode("decode"), Prefill("prefill", rows=16)
+    whole, cut = (run(tree, heads, batch, decode, prefill, sinks, slots)[0] for slots in (1, 9))
+    assert all(map(torch.equal, whole, cut))
+    wide = run(tree, heads, batch, Decode("decode", rows=64), Prefill("prefill", rows=64), sinks)[0]
+    # numpy's products of other shapes are other sums: in bits this is for a card.
+    assert all(torch.allclose(one, other, rtol=0, atol=2e-3) for one, other in zip(whole, wide, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variant", "wrong", "steeper"),
+    [
+        ("alibi", {}, 1.05),
+        ("alibi", {"alibi": False}, 1),
+        ("e4m3", {"k_scale": 0.0315}, 1),
+        ("e4m3", {"v_scale": 0.42}, 1),
+        ("96", {"scale": 1.05 * 96**-0.5}, 1),
+    ],
+)
+def test_a_wrong_slope_or_scale_is_seen(variant: str, wrong: dict[str, Any], steeper: float) -> None:
+    """Control of the tests above: five in a hundred are far outside their bounds."""
+    tree, heads = VARIANTS[variant], Heads(6, 2, 16)
+    batch = [(150, 1), (133, 40)]
+    got, sequences = run(tree, heads, batch, Decode("decode"), Prefill("prefill", rows=16), None)
+    slopes = sequences.slopes * steeper if tree.alibi else None
+    other = dataclasses.replace(tree, **wrong)
+    for out, (q, k, v), (keys, n) in zip(got, sequences.data, batch, strict=True):
+        want = exact(other, q[keys - n :], k, v, keys - n, None, slopes)
+        assert ((out - want).norm() / want.norm()).item() > 2**-8
+
+
+def test_alibi_is_counted_from_the_query_s_own_position() -> None:
+    """As vLLM's own kernel adds it, but for a constant of the row, which no softmax sees."""
+    sequences = Sequences(VARIANTS["alibi"], Heads(6, 2, 16), [64])
+    (q, k, v), slopes = sequences.data[0], sequences.slopes
+    x = torch.einsum("thd,khd->htk", q.double(), k.double().repeat_interleave(3, 1)) * SMALL.scale
+    x += slopes.double()[:, None, None] * torch.arange(64)
+    x = x.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
+    want = torch.einsum("htk,khd->thd", x.softmax(-1), v.double().repeat_interleave(3, 1))
+    torch.testing.assert_close(exact(VARIANTS["alibi"], q, k, v, 0, None, slopes), want)
 
 
 @pytest.mark.parametrize("splits", [20, 50, 115])
@@ -209,16 +274,66 @@ def test_the_digest_names_every_part_of_the_tree() -> None:
         dataclasses.replace(SMALL, tile=32),
         dataclasses.replace(SMALL, split=128),
         dataclasses.replace(SMALL, scale=0.1),
+        dataclasses.replace(VARIANTS["e4m3"], k_scale=1.0),
+        dataclasses.replace(VARIANTS["e4m3"], v_scale=1.0),
+        dataclasses.replace(VARIANTS["e4m3"], k_scale=1.0, v_scale=1.0),
         *VARIANTS.values(),
     ]
     assert len({tree.digest for tree in changed}) == len(changed)
 
 
+def test_digests_are_what_they_were() -> None:
+    """A certificate or a golden that names one of them holds on."""
+    found = [
+        tree_for(64), tree_for(128), tree_for(256), tree_for(128, window=300), tree_for(64, window=128, sink=True),
+        tree_for(128, softcap=30.0),
+    ]  # fmt: skip
+    assert [tree.digest for tree in found] == [
+        "3b362f245d128102aa86563d3c207caae77625ce01727492a24f05e5fd29d445",
+        "0a2a2c76e033c43baefeb5d6e6cf2eea5412dced4de78b44f4258eea5d3446bd",
+        "7a5c7549b9a980198444b59c04577e0adfc976b3dd98be27e69095f96f34f078",
+        "493045fdc92d3e605088679cd1fc1a7c0d0110f900ef1fae5cde56a0c88e9ebb",
+        "6226a38c74f16ff037c316d56b2a9692685f375b970c61e71d07cf500d18bce5",
+        "8a43c77961dd6d59f25910a6643d0bc49615700f9ecfd2ea13cc7827df0ad6e1",
+    ]
+
+
+@pytest.mark.parametrize("tree", [tree_for(96), tree_for(192), tree_for(128, alibi=True), tree_for(64, cache="e4m3")])
+def test_on_hopper_such_trees_run_by_pointers(tree: Tree) -> None:
+    names = {s.name for s in (*DECODE, *PREFILL) if s.eligible(tree, Heads(8, 4, 128), hopper=True)}
+    blocks = {"prefill", "prefill-64"} if tree.head_size <= 128 else {"prefill-64"}
+    assert names == {"decode", "decode-64"} | blocks
+
+
 def test_what_has_no_tree_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="head size 96"):
-        tree_for(96)
+    with pytest.raises(UnsupportedError, match=r"head size 80 .*96"):
+        tree_for(80)
+    with pytest.raises(UnsupportedError, match=r"cache of e5m2 .*e4m3"):
+        tree_for(64, cache="e5m2")
+    for wrong in ({"k_scale": 0.0}, {"v_scale": float("inf")}, {"k_scale": float("nan")}):
+        with pytest.raises(UnsupportedError, match="positive and finite"):
+            tree_for(64, cache="e4m3", **wrong)
+    with pytest.raises(UnsupportedError, match=r"scales 0\.5"):
+        tree_for(64, k_scale=0.5)
     with pytest.raises(UnsupportedError, match="scale"):
         tree_for(64, -1.0)
+
+
+def test_what_the_tree_needs_is_asked_for() -> None:
+    def ask(tree: Tree, kept: Tree) -> None:
+        heads = Heads(2, 1, 16)
+        attention = Attention(tree, heads, "cpu", Scratch.empty(2, 64, "cpu"))
+        sequences, plan = Sequences(kept, heads, [20]), attention.plan(1, 1, 1, DECODE[-1], None)
+        q = sequences.data[0][0]
+        attention.run(Batch(q, q, sequences.table, plan), sequences.cache, None, None)
+
+    ask(SMALL, SMALL)
+    with pytest.raises(ConfigurationError, match="pass slopes"):
+        ask(VARIANTS["alibi"], SMALL)
+    with pytest.raises(UnsupportedError, match=r"cache of torch.float16 .*e4m3"):
+        ask(VARIANTS["e4m3"], SMALL)
+    with pytest.raises(UnsupportedError, match=r"cache of torch.float8_e4m3fn .*their own type"):
+        ask(SMALL, VARIANTS["e4m3"])
 
 
 def test_a_cache_that_is_no_rows_of_slots_is_refused() -> None:

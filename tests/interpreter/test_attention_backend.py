@@ -98,7 +98,7 @@ def test_the_backend_is_what_vllm_asks_for() -> None:
     assert found.get_builder_cls().get_cudagraph_support(None, None) is AttentionCGSupport.ALWAYS
     assert found.get_preferred_block_size(16) == backend.PAGE == 128
     assert found.supports_head_size(128)
-    assert not found.supports_head_size(96)
+    assert not found.supports_head_size(80)
 
 
 def test_what_has_no_tree_is_refused_by_name() -> None:

@@ -20,6 +20,7 @@ from vllm_deterministic.kernels.attention import decode as decode_module  # noqa
 from vllm_deterministic.kernels.attention import prefill as prefill_module  # noqa: E402
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
 from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
+from vllm_deterministic.kernels.attention.reference import quantised  # noqa: E402
 from vllm_deterministic.kernels.attention.schedules import (  # noqa: E402
     DECODE,
     PREFILL,
@@ -28,6 +29,7 @@ from vllm_deterministic.kernels.attention.schedules import (  # noqa: E402
     Heads,
     Prefill,
 )
+from vllm_deterministic.kernels.attention.store import store  # noqa: E402
 from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
 
 from vllm_deterministic.errors import CertificationError  # noqa: E402
@@ -54,13 +56,26 @@ def case(name: str) -> tuple[Attention, torch.dtype, int]:
         "softcap": (tree_for(128, softcap=30.0), Heads(8, 4, 128), BF16, 4200),
         "256": (tree_for(256), Heads(8, 4, 64), BF16, 4200),
         "256-page-16": (tree_for(256, window=512, softcap=50.0), Heads(8, 4, 16), FP16, 4200),
+        "96": (tree_for(96), Heads(12, 4, 128), BF16, LONG),
+        "96-page-16": (tree_for(96, window=1000, sink=True), Heads(8, 8, 16), FP16, 4200),
+        "192": (tree_for(192), Heads(8, 2, 128), BF16, 4200),
+        "alibi": (tree_for(128, alibi=True), Heads(16, 4, 128), BF16, LONG),
+        "alibi-64": (tree_for(64, softcap=30.0, alibi=True), Heads(12, 12, 16), FP16, 4200),
+        "fp8": (tree_for(128, cache="e4m3", k_scale=0.05, v_scale=0.1), Heads(32, 8, 128), BF16, LONG),
+        "fp8-64": (tree_for(64, cache="e4m3"), Heads(9, 3, 128), FP16, LONG),
+        "fp8-192": (
+            tree_for(192, window=700, softcap=30.0, sink=True, alibi=True, cache="e4m3", k_scale=0.02, v_scale=1.7),
+            Heads(8, 4, 16),
+            BF16,
+            4200,
+        ),
     }
     tree, heads, dtype, longest = trees[name]
     return attention(tree, heads), dtype, longest
 
 
 NAMES = ["qwen", "page-16", "group-3", "mha", "mqa", "group-32", "window", "sink", "sink-whole", "softcap", "256"]
-NAMES += ["256-page-16"]
+NAMES += ["256-page-16", "96", "96-page-16", "192", "alibi", "alibi-64", "fp8", "fp8-64", "fp8-192"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,7 +218,7 @@ def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch
 
 
 # --- the promise itself -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["qwen", "group-3", "sink", "256"])
+@pytest.mark.parametrize("name", ["qwen", "group-3", "sink", "256", "96", "192", "alibi", "fp8", "fp8-192"])
 def test_the_tree_is_close_to_the_exact_answer(name: str) -> None:
     shape, dtype, _ = case(name)
     sequences = certify.Sequences(shape, 3000, dtype)
@@ -213,6 +228,42 @@ def test_the_tree_is_close_to_the_exact_answer(name: str) -> None:
         error = ((got - want).norm() / want.norm()).item()
         # Half-precision p: 2^-9 in bf16, 2^-12 in fp16, per weight; values that cancel magnify it.
         assert error < 2**-7, (kind, error)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("alibi", {"alibi": False}), ("fp8", {"k_scale": 0.0525}), ("fp8", {"v_scale": 0.105}), ("96", {"scale": 0.1072})],
+)
+def test_a_wrong_slope_or_scale_is_seen(name: str, wrong: dict[str, float]) -> None:
+    """Control of the test above, five in a hundred off."""
+    shape, dtype, _ = case(name)
+    sequences = certify.Sequences(shape, 3000, dtype)
+    got = sequences.run([(0, 2800, 3000)], None, REFERENCE)
+    shape.tree = dataclasses.replace(shape.tree, **wrong)
+    want = sequences.exact(0, 2800, 3000)
+    assert ((got - want).norm() / want.norm()).item() > 2**-7
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("size", [64, 96])
+def test_an_e4m3_cache_holds_quotients_rounded_once(dtype: torch.dtype, size: int) -> None:
+    """Every bit of them; saturated beyond the largest; the rest of a page that was opened is zeros."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    k, v = (torch.randn(100, 3, size, device="cuda", generator=generator) for _ in range(2))
+    k, v = ((x * torch.exp2(16 * torch.rand_like(x) - 10)).to(dtype) for x in (k, v))
+    k[3, 1, :4] = torch.tensor([float("inf"), float("-inf"), 6e4, -6e4], device="cuda")
+    v[5, 2, 7] = float("nan")
+    pages = torch.full((4, 128, 3, 2 * size), 100.0, device="cuda").to(torch.float8_e4m3fn)
+    cache = Cache(pages[..., :size], pages[..., size:])
+    store(k, v, cache, 2 * 128 + torch.arange(100, device="cuda"), 0.07, 1.3)
+    for found, x, scale in ((cache.k, k, 0.07), (cache.v, v, 1.3)):
+        found, want = found[2, :100], quantised(x, scale)
+        there = ~want.float().isnan()
+        assert torch.equal(found.float().isnan(), ~there)
+        assert torch.equal(found.view(torch.uint8)[there], want.view(torch.uint8)[there])
+    assert bool((cache.v[2, 100:].float() == 0).all())
+    others = pages.float()[[0, 1, 3]]
+    assert bool((others == others[0, 0, 0, 0]).all())
 
 
 def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
