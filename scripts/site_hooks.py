@@ -41,11 +41,12 @@ def served() -> str:
             _code(f"{release}.x" for release in compat.SUPPORTED.get(device, ())),
             _code(sorted(policy.ARCHITECTURES[device])),
             _code(sorted(policy.DTYPES[device])),
+            _code(policy.KV_CACHES[device]),
         )
         for device in policy.ARCHITECTURES
     ]
     previews = "".join(f"\n\n**{device} is a preview**: {why}." for device, why in policy.PREVIEWS.items())
-    return _table(("device", "vLLM", "model architectures", "dtypes"), rows) + previews
+    return _table(("device", "vLLM", "model architectures", "dtypes", "KV caches"), rows) + previews
 
 
 def refused() -> str:

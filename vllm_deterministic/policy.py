@@ -17,6 +17,7 @@ __all__ = [
     "DTYPES",
     "ENGINE_OPTIONS",
     "ENVIRONMENT",
+    "KV_CACHES",
     "PREVIEWS",
     "REQUEST_FIELDS",
     "SAMPLING_FIELDS",
@@ -53,6 +54,8 @@ ARCHITECTURES = {
     "cuda": frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
 }
 DTYPES = {"cpu": frozenset({"bfloat16", "float32"}), "cuda": frozenset({"bfloat16", "float16"})}
+# fp8 is e4m3, with scales that are known before the first request.
+KV_CACHES = {"cpu": ("auto",), "cuda": ("auto", "fp8", "fp8_e4m3")}
 # Device -> what is still to be proved where it is served already. Said at every start and in GET /deterministic.
 PREVIEWS = {
     "cuda": "whole engines are proved on an H200 with vLLM 0.33, in part with 0.32 (docs/reports/engine-gpu.txt); "
@@ -75,6 +78,7 @@ ENGINE_OPTIONS: dict[str, Collection[Any] | None] = {
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
     "load_format": ("auto", "safetensors", "hf", "pt", "dummy"),
+    "kv_cache_dtype": KV_CACHES["cuda"],  # by device: see resolved_refusals
     "logprobs_mode": ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
     "additional_config": ANY,
     # how the weights are read
@@ -155,7 +159,9 @@ _KNOWN_FEATURES = {
     "spec_model": "speculative decoding",
     "enable_lora": "LoRA",
     "quantization": "a quantised model",
-    "kv_cache_dtype": "a quantised KV cache",
+    "kv_cache_dtype": "a KV cache of this dtype",
+    "kv_cache_dtype_skip_layers": "a KV cache of several dtypes",
+    "calculate_kv_scales": "a KV cache whose scales the first requests set",
     "kv_transfer_config": "a KV connector",
     "kv_offloading_size": "KV offloading",
     "pipeline_parallel_size": "pipeline parallelism",
@@ -259,8 +265,8 @@ def environment_refusals(device: str, environ: Mapping[str, str]) -> list[Refusa
 def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     """Refusals of what vLLM made of the options.
 
-    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, is_moe, is_multimodal,
-    weight_transfer (a backend, or None), compiled, api_servers; on CUDA also capability and executor.
+    `facts`: device, dtype, architecture, runner ("generate" or "pooling"), quantization, kv_cache_dtype, is_moe,
+    is_multimodal, weight_transfer (a backend, or None), compiled, api_servers; on CUDA also capability and executor.
     """
     device = facts["device"]
     if device not in ARCHITECTURES:
@@ -281,6 +287,9 @@ def resolved_refusals(facts: Mapping[str, Any]) -> list[Refusal]:
     if facts["dtype"] not in DTYPES[device]:
         known = ", ".join(sorted(DTYPES[device]))
         found.append(Refusal(f"--dtype {facts['dtype']}", f"it is not proved on {device}", f"Proved: {known}"))
+    if (cache := facts["kv_cache_dtype"]) not in KV_CACHES[device]:
+        proved = ", ".join(KV_CACHES[device])
+        found.append(Refusal(f"--kv-cache-dtype {cache}", f"it is not proved on {device}", f"Proved: {proved}"))
     if device == "cuda":
         found += _card_refusals(facts)
     if facts["weight_transfer"] is not None:

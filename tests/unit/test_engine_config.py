@@ -98,6 +98,8 @@ REFUSED: list[tuple[dict, dict, str]] = [  # type: ignore[type-arg]
     ({"enable_lora": True}, {}, "LoRA"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, {}, "speculative decoding"),
     ({"quantization": "fp8"}, {}, "quantised model"),
+    ({"kv_cache_dtype": "fp8"}, {}, "--kv-cache-dtype fp8: it is not proved on cpu"),
+    ({"kv_cache_dtype": "fp8_e5m2"}, {}, "KV cache of this dtype"),
     ({"runner": "pooling"}, {}, "--runner"),
     ({"dtype": "float16"}, {}, "float16"),
     ({"block_size": 64}, {}, "--block-size"),

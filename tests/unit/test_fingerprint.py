@@ -157,10 +157,12 @@ SAME: dict[str, tuple[Any, ...]] = {
     "no prefix cache": (MODEL, ["--no-enable-prefix-caching"], WORKER, VOCABULARY),
     "name": (MODEL, ["--served-model-name", "other"], WORKER, VOCABULARY),
     "logging": (MODEL, ["--disable-log-stats"], WORKER, VOCABULARY),
+    "no trees of its own": (MODEL, [], {**WORKER, "trees": {}}, VOCABULARY),
 }
 OTHER_ID: dict[str, tuple[Any, ...]] = {
     "dtype": (MODEL, ["--dtype", "float32"], WORKER, VOCABULARY),
     "eager": (MODEL, ["--enforce-eager"], WORKER, VOCABULARY),
+    "trees": (MODEL, [], {**WORKER, "trees": {"attention_layers": "d"}}, VOCABULARY),
     "instructions": (MODEL, [], {**WORKER, "architecture": {"isa": "avx512"}}, VOCABULARY),
     "model code": (MODEL, [], {**WORKER, "model_code": {"class": "LlamaForCausalLM", "source": "z"}}, VOCABULARY),
 }

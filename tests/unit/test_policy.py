@@ -13,6 +13,7 @@ SERVED = {
     "architecture": "LlamaForCausalLM",
     "runner": "generate",
     "quantization": None,
+    "kv_cache_dtype": "auto",
     "is_moe": False,
     "is_multimodal": False,
     "weight_transfer": None,
@@ -35,7 +36,9 @@ def test_what_is_proved_is_served() -> None:
         ("enable_lora", True, "LoRA"),
         ("enable_sleep_mode", True, "--enable-sleep-mode"),
         ("quantization", "fp8", "quantised model"),
-        ("kv_cache_dtype", "fp8", "quantised KV cache"),
+        ("kv_cache_dtype", "fp8_e5m2", "KV cache of this dtype .* fp8_e4m3"),
+        ("kv_cache_dtype_skip_layers", ["0"], "several dtypes"),
+        ("calculate_kv_scales", True, "the first requests set"),
         ("kv_transfer_config", {"kv_connector": "x"}, "KV connector"),
         ("tensor_parallel_size", 2, "tensor parallelism"),
         ("pipeline_parallel_size", 2, "pipeline parallelism"),
@@ -73,6 +76,9 @@ def test_previews_are_devices_that_are_served() -> None:
 def test_a_card_of_another_family_and_another_executor() -> None:
     card = {**SERVED, "device": "cuda", "capability": (9, 0), "executor": "uni"}
     assert policy.resolved_refusals(card) == []
+    assert policy.resolved_refusals({**card, "kv_cache_dtype": "fp8"}) == []
+    (refusal,) = policy.resolved_refusals({**card, "kv_cache_dtype": "fp8_e5m2"})
+    assert "--kv-cache-dtype fp8_e5m2" in str(refusal)
     (refusal,) = policy.resolved_refusals({**card, "capability": (8, 0)})
     assert "8.0" in str(refusal)
     assert "Hopper" in str(refusal)
@@ -89,6 +95,7 @@ def test_a_card_of_another_family_and_another_executor() -> None:
         ("architecture", "GptOssForCausalLM"),  # its prompts name the day, past every chat template
         ("runner", "pooling"),
         ("quantization", "awq"),
+        ("kv_cache_dtype", "fp8"),  # on CPU
         ("is_moe", True),
         ("is_multimodal", True),
     ],

@@ -7,6 +7,7 @@ written on the device at every step, before the graph runs, into the memory that
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
-from vllm_deterministic.errors import CertificationError, UnsupportedError
+from vllm_deterministic.errors import CertificationError, SeamError, UnsupportedError
 from vllm_deterministic.kernels.attention import certify
 from vllm_deterministic.kernels.attention.launch import FEW_MAX, SMALL, Attention, Batch, Cache, Scratch
 from vllm_deterministic.kernels.attention.plan import Plan
@@ -32,9 +33,11 @@ from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefil
 from vllm_deterministic.kernels.attention.store import store
 from vllm_deterministic.kernels.attention.tree import HEAD_SIZES, Tree, tree_for
 from vllm_deterministic.kernels.certificates import Certificate
+from vllm_deterministic.serving.fingerprint import digest_of
 
 __all__ = [
     "PAGE", "OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certified", "certify_model",
+    "trees",
 ]  # fmt: skip
 
 logger = logging.getLogger("vllm.deterministic")
@@ -42,8 +45,8 @@ logger = logging.getLogger("vllm.deterministic")
 PAGE = 128  # slots: whole tiles of every head size
 # Contexts that schedules are certified to. Longer ones repeat the same splits.
 CERTIFIED_CONTEXT = 8192 + 17
-# (head size, window, heads) -> the schedules that every layer of such a group may run.
-_allowed: dict[tuple[int, int, Heads], set[str]] = {}
+# vLLM's name of a KV-cache dtype -> the tree's.
+_CACHES = {"auto": "half", "float16": "half", "bfloat16": "half", "fp8": "e4m3", "fp8_e4m3": "e4m3"}
 _certified: dict[tuple[Tree, Heads], Certificate] = {}
 # Scratch between two kernels of one layer; layers of one shape run one after the other.
 _scratch: dict[tuple[torch.device, int, int], Scratch] = {}
@@ -62,29 +65,47 @@ def _shared_scratch(device: torch.device, heads: int, size: int) -> Scratch:
 
 
 def _attention(tree: Tree, heads: Heads, device: torch.device) -> Attention:
-    """Raises CertificationError on a card whose schedules were not certified for this shape."""
-    scratch = _shared_scratch(device, heads.query, tree.head_size)
-    allowed = _allowed.get((tree.head_size, tree.window, heads))
-    if allowed is None and device.type == "cuda":
+    """Raises CertificationError on a card whose schedules were not certified for this tree and shape."""
+    found = _certified.get((tree, heads))
+    if found is None and device.type == "cuda":
         raise CertificationError(f"attention of {tree} with {heads} was not certified before it ran")
-    return Attention(tree, heads, device, scratch, allowed)
+    scratch = _shared_scratch(device, heads.query, tree.head_size)
+    return Attention(tree, heads, device, scratch, None if found is None else set(found.schedules))
+
+
+def _of_group(trees: Iterable[Tree], heads: Heads, device: torch.device) -> Attention:
+    """For layers that share a step's plan: it may run what all of them may."""
+    first, *others = (_attention(tree, heads, device) for tree in dict.fromkeys(trees))
+    for other in others:
+        if first.allowed is not None:
+            first.allowed = set(first.allowed).intersection(other.allowed or ())
+    return first
+
+
+def _layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, OneTreeImpl]]:
+    found = ((module, getattr(module, "impl", None)) for module in model.modules())
+    return [(module, impl) for module, impl in found if isinstance(impl, OneTreeImpl)]
 
 
 def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int, device: torch.device) -> None:
-    """Certifies every attention layer's tree and shape on this card. Raises CertificationError: then no server
-    starts."""
-    layers = {
-        (layer.tree, Heads(layer.num_heads, layer.num_kv_heads, PAGE))
-        for layer in (getattr(module, "impl", None) for module in model.modules())
-        if isinstance(layer, OneTreeImpl)
-    }
-    for tree, heads in layers:
+    """Certifies every attention layer's tree and shape on this card, once its weights are loaded. Raises
+    CertificationError: then no server starts."""
+    shapes = set()
+    for layer, impl in _layers(model):
+        impl.fix_scales(layer)
+        shapes.add((impl.tree, Heads(impl.num_heads, impl.num_kv_heads, PAGE)))
+    for tree, heads in shapes:
         attention = Attention(tree, heads, device, _shared_scratch(device, heads.query, tree.head_size))
         found = _certified[tree, heads] = certify.prepare(attention, dtype, min(max_model_len, CERTIFIED_CONTEXT))
         logger.info("attention %s: certified %s, dropped %s", heads, sorted(found.schedules), sorted(found.dropped))
-        key = (tree.head_size, tree.window, heads)
-        _allowed[key] = set(found.schedules) & _allowed.get(key, set(found.schedules))
     torch.cuda.empty_cache()  # what certification used must not count against the KV cache
+
+
+def trees(model: torch.nn.Module) -> dict[str, str]:
+    """What the numerics id names besides the version's trees: those of a model with other head sizes, ALiBi or an e4m3
+    cache, by their digests, layer by layer. The cache's scales are in them."""
+    found = [impl.tree for _, impl in _layers(model)]
+    return {} if all(tree.plain for tree in found) else {"attention_layers": digest_of([tree.digest for tree in found])}
 
 
 def certified() -> list[dict[str, Any]]:
@@ -92,7 +113,7 @@ def certified() -> list[dict[str, Any]]:
     return [
         {
             "operator": "attention", "head_size": tree.head_size, "window": tree.window, "query_heads": heads.query,
-            "kv_heads": heads.kv, "page": heads.page, "schedules": sorted(found.schedules),
+            "kv_heads": heads.kv, "page": heads.page, "tree": tree.digest, "schedules": sorted(found.schedules),
             "dropped": dict(found.dropped),
         }
         for (tree, heads), found in _certified.items()
@@ -111,9 +132,11 @@ class OneTreeMetadata(AttentionMetadata):
 
 
 class OneTreeBackend(AttentionBackend):
-    """Pages of 128 slots; bf16 and fp16; causal, with sliding window, sinks and softcap."""
+    """Pages of 128 slots; bf16 and fp16, over a cache of the same type or e4m3; causal, with sliding window, sinks,
+    softcap and ALiBi."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(_CACHES)
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -164,9 +187,9 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         if query_heads is None:
             query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         heads = Heads(query_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size)
+        context = vllm_config.compilation_config.static_forward_context
         # A plan reads the tree's split and window only, which a group's layers share.
-        tree = tree_for(kv_cache_spec.head_size, window=getattr(kv_cache_spec, "sliding_window", None) or 0)
-        self.attention = _attention(tree, heads, device)
+        self.attention = _of_group((context[name].impl.tree for name in layer_names), heads, device)
         scheduler = vllm_config.scheduler_config
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         # One plan for graphs of every kind: few, block and memory do not depend on the batch; the largest batch's
@@ -193,7 +216,11 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
 
 
 class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
-    """One layer."""
+    """One layer.
+
+    Raises UnsupportedError, by its name, for what has no tree."""
+
+    supports_quant_query_input = False  # vLLM quantises the queries of an e4m3 cache's backend that says otherwise
 
     def __init__(
         self,
@@ -210,19 +237,46 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         sinks: torch.Tensor | None = None,
         **others: Any,
     ) -> None:
-        asked = {"alibi_slopes": alibi_slopes, **others}
-        unknown = sorted(name for name, value in asked.items() if value not in (None, False, -1))
+        unknown = sorted(name for name, value in others.items() if value not in (None, False, -1))
         if attn_type != AttentionType.DECODER or unknown:
             raise UnsupportedError(f"attention of type {attn_type} with {unknown} is not covered by --deterministic")
+        if kv_cache_dtype not in _CACHES:
+            raise UnsupportedError(
+                f"--kv-cache-dtype {kv_cache_dtype} is not covered by --deterministic: leave it out, or take fp8 (e4m3 "
+                "with fixed scales)"
+            )
+        if alibi_slopes is not None and len(alibi_slopes) != num_heads:
+            raise UnsupportedError(f"{len(alibi_slopes)} alibi_slopes for {num_heads} heads are not covered")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        window = sliding_window or 0
-        self.tree = tree_for(head_size, scale, softcap=logits_soft_cap or 0.0, window=window, sink=sinks is not None)
+        self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.tree = tree_for(
+            head_size, scale, softcap=logits_soft_cap or 0.0, window=sliding_window or 0, sink=sinks is not None,
+            alibi=alibi_slopes is not None, cache=_CACHES[kv_cache_dtype],
+        )  # fmt: skip
         self._attention: Attention | None = None
         self._bound: tuple[torch.Tensor, Cache] | None = None
+
+    def fix_scales(self, layer: Any) -> None:
+        """Takes the e4m3 cache's scales of a loaded layer into the tree; before it is certified, and for good.
+
+        Raises SeamError where a layer does not say them, UnsupportedError for scales that are not fixed."""
+        if not self.tree.e4m3:
+            return
+        if getattr(layer, "calculate_kv_scales", False):
+            raise UnsupportedError("scales of an fp8 KV cache that traffic sets are not covered: leave out "
+                                   "--calculate-kv-scales")  # fmt: skip
+        scales = (getattr(layer, "_k_scale_float", None), getattr(layer, "_v_scale_float", None))
+        if not all(isinstance(scale, float) for scale in scales):
+            raise SeamError(f"this vLLM's attention layer says {scales} of its KV cache's scales: it is not supported")
+        tree = self.tree
+        self.tree = tree_for(
+            tree.head_size, tree.scale, softcap=tree.softcap, window=tree.window, sink=tree.sink, alibi=tree.alibi,
+            cache=tree.cache, k_scale=scales[0], v_scale=scales[1],
+        )  # fmt: skip
 
     def _cache(self, kv_cache: torch.Tensor) -> Cache:
         # Outside of CUDA graphs the host prepares every layer of every step: views are made once per cache.
@@ -231,6 +285,8 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         return self._bound[1]
 
     def _views(self, kv_cache: torch.Tensor) -> Cache:
+        if self.tree.e4m3:  # vLLM hands over bytes
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
         pages = kv_cache.transpose(1, 2)
         return Cache(pages[..., : self.head_size], pages[..., self.head_size :])
 
@@ -238,7 +294,8 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         tokens = slot_mapping.shape[0]
-        store(key[:tokens], value[:tokens], self._cache(kv_cache), slot_mapping)
+        scales = self.tree.k_scale, self.tree.v_scale
+        store(key[:tokens], value[:tokens], self._cache(kv_cache), slot_mapping, *scales)
 
     def forward(
         self,
@@ -260,8 +317,9 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         if self._attention is None:
             heads = Heads(self.num_heads, self.num_kv_heads, kv_cache.shape[2])
             self._attention = _attention(self.tree, heads, query.device)
+            self.slopes = None if self.slopes is None else self.slopes.to(query.device)
         step, shape = attn_metadata, (attn_metadata.num_actual_tokens, self.num_heads, self.head_size)
         q, out = query[: shape[0]].view(shape), output[: shape[0]].view(shape)
-        batch = Batch(q, out, step.page_table, step.plan, self.sinks)
+        batch = Batch(q, out, step.page_table, step.plan, self.sinks, self.slopes)
         self._attention.run(batch, self._cache(kv_cache), step.decode, step.prefill)
         return output

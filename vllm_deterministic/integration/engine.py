@@ -104,6 +104,7 @@ def resolved_facts(config: Any) -> dict[str, Any]:
         "architecture": model.architecture,
         "runner": model.runner_type,
         "quantization": model.quantization,
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
         "is_moe": model.is_moe,
         "is_multimodal": model.is_multimodal_model,
         "weight_transfer": getattr(config.weight_transfer_config, "backend", None),

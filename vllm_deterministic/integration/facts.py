@@ -94,17 +94,23 @@ def libraries(device: str) -> dict[str, str]:
 
 
 def worker_report(
-    config: Any, model: torch.nn.Module, device: torch.device, certified: Sequence[Any], seconds: float
+    config: Any,
+    model: torch.nn.Module,
+    device: torch.device,
+    certified: Sequence[Any],
+    seconds: float,
+    trees: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What only an engine's worker knows of the fingerprint and of GET /deterministic.
 
     parts: of the fingerprint that a server before this engine alone would have, those that an engine decides.
-    seconds: what certification took.
+    seconds: what certification took. trees: digests of those that are this engine's own, besides the version's.
     """
     found = {
         "weights": weights.digest(config.load_config.load_format),
         "model_code": model_code(type(model)),
         "architecture": architecture(device),
+        "trees": dict(trees or {}),
     }
     parts = engine_parts(fingerprint(config, None, None, found).parts)
     return {**found, "parts": parts, "certified": [*certified], "certification_seconds": seconds}
@@ -123,7 +129,7 @@ def fingerprint(config: Any, args: Any, tokenizer: Any, worker: Mapping[str, Any
     compilation = config.compilation_config
     numerics = Numerics(
         version=settings.numerics,
-        trees=trees_of(settings.numerics)[device],
+        trees={**trees_of(settings.numerics)[device], **worker.get("trees", {})},
         architecture=worker["architecture"],
         dtype=str(model.dtype).removeprefix("torch."),
         model_code=worker["model_code"],

@@ -56,6 +56,7 @@ class DeterministicGPUWorker(Worker):
         """See facts.worker_report."""
         model, device = self.model_runner.get_model(), self.model_runner.device
         certified = [*gpu_linear.certified(), *attention.certified()]
-        return facts.worker_report(self.vllm_config, model, device, certified, self._certification_seconds)
+        seconds, trees = self._certification_seconds, attention.trees(model)
+        return facts.worker_report(self.vllm_config, model, device, certified, seconds, trees)
 
     reload_weights = reset_weights = weight_engine.refused

@@ -27,6 +27,7 @@ __all__ = ["Sampler", "numerics"]
 _WAYS_OUT = {
     "numerics.compile_mode": "serve with --enforce-eager: a compiled graph rounds at other places",
     "numerics.dtype": "deterministic_forward(model, dtype=the server's)",
+    "numerics.trees": "the trainer knows head sizes 64, 128 and 256: serve such a model, without --kv-cache-dtype",
     "weights": "send_weights(model) first",
 }
 
