@@ -36,6 +36,12 @@ MODELS = {
         "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
     },
+    # Heads that are no power of two.
+    "llama-96": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 96,
+        "vocab_size": 32000, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+    },
 }  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<s>", "</s>")  # the first is one that Qwen2's tokenizer would add otherwise
 

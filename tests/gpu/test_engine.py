@@ -34,6 +34,7 @@ FEW_PAGES = (
     "only=prefix_cached,prefix_partly_cached,chunks,aborts,scored,choices,many,poisoned",
 )
 TUNED = 'inductor={"max_autotune_pointwise":true,"coordinate_descent_tuning":true}'
+BY_POINTERS = "only=batches,prefix_cached,chunks,scored,many"
 GRAPHS = 'compilation_config={"cudagraph_mode":"%s"}'
 ENGINES = {
     "ours": ("qwen3", "ours"),
@@ -46,6 +47,8 @@ ENGINES = {
     "default": ("qwen3", "default"),
     "fp16": ("llama", "ours", 'dtype="float16"'),
     "bias and tied": ("qwen2", "ours"),
+    "fp8 cache": ("llama", "ours", 'kv_cache_dtype="fp8"', BY_POINTERS),
+    "heads of 96": ("llama-96", "ours", BY_POINTERS),
     "planted": ("qwen2", "planted"),
     "planted, eager": ("qwen2", "planted", "enforce_eager=true"),
     "otherwise tuned": ("qwen3", "ours", TUNED, "only=many"),
@@ -191,6 +194,14 @@ def test_every_layer_is_ours(runs: Runs) -> None:
     for name, expected in shapes.items():
         layers = [layer for layer in report(runs[name])["certified"] if layer["operator"] == "linear"]
         assert {(layer["n"], layer["k"]) for layer in layers} == expected
+
+
+def test_layers_of_other_trees_run_by_pointers(runs: Runs) -> None:
+    for name, size in (("fp8 cache", 64), ("heads of 96", 96)):
+        (layer,) = [layer for layer in report(runs[name])["certified"] if layer["operator"] == "attention"]
+        assert layer["head_size"] == size
+        assert set(layer["schedules"]) == {"decode", "decode-64", "prefill", "prefill-64"}
+        assert not layer["dropped"]
 
 
 @pytest.mark.parametrize("name", ["planted", "planted, eager"])
