@@ -16,7 +16,7 @@ MAIN = "det-bf16-compiled-2048"
 main = pytest.mark.parametrize("config", [MAIN])
 # Other settings compile anew, so CI takes the eager one.
 fresh = pytest.mark.parametrize(
-    "config", ["det-f32-eager-2048-random", pytest.param(f"{MAIN}-random", marks=pytest.mark.slow)]
+    "config", ["det-f32-eager-2048-small-random", pytest.param(f"{MAIN}-random", marks=pytest.mark.slow)]
 )
 
 
