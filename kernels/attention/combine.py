@@ -58,6 +58,6 @@ def combine_blocks(
                 for i in tl.static_range(BATCH):
                     m, l, acc = batch[i]
                     M, L, A = merge(M, L, A, m, l, acc)
-            o = finish(M, L, A, M, False)
+            o = finish(M, L, A, M, 1.0, False, False)
             to = (start + place // Q_HEADS).to(tl.int64) * o_token + place % Q_HEADS * D
             tl.store(O + (to[:, None] + d[None, :]), o.to(O.dtype.element_ty), mask=real[:, None])
