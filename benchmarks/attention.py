@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from bootstrap import interval
 from report import machine, write
 from vllm_deterministic.kernels.attention.certify import Sequences
@@ -62,8 +63,9 @@ class Case:
         self.calls = max(copies, 4) if batch * keys * queries < 2**26 else 2
 
     def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
-        most = max(self.queries, FEW_MAX + 1) if prefill else self.queries
-        plan = attention.plan(self.batch, len(self.q), most, decode, prefill)
+        plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
+        if prefill is None and self.queries > plan.few:
+            plan.few = triton.next_power_of_2(self.queries)
         plan.fill(self.start, self.kv_len, attention.tree.split, 0)
         cache = Cache(self.k, self.v)
 
@@ -269,12 +271,9 @@ def main() -> None:
         for other in PREFILL if prefill else ():
             if other.name in rivals and other is not prefill:
                 mine[other.name] = lambda other=other: case.ours(attention, decode, other)
-        for rival in () if prefill else DECODE:
-            if rival.name in rivals and rival is not decode:
+        for rival in DECODE if queries <= FEW_MAX else ():
+            if rival.name in rivals and rival.name != chosen:
                 mine[rival.name] = lambda rival=rival: case.ours(attention, rival, None)
-        if not prefill and queries > attention.few(FEW_MAX + 1):  # as a block, as beside longer chunks
-            block = attention.schedules(batch, batch * queries, FEW_MAX + 1)[1]
-            mine[block.name] = lambda: case.ours(attention, decode, block)
         sides = dict(mine)
         for page in (16, 128):
             sides[f"fa3 default page {page}"] = lambda page=page: case.flash_attention(page, 0)

@@ -124,9 +124,11 @@ class Attention:
         return self.allowed is None or schedule.name in self.allowed
 
     def few(self, max_query: int) -> int:
-        """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`. Powers of
-        two, for each is a compilation."""
-        return triton.next_power_of_2(max_query) if max_query <= FEW_MAX else max(16 // self.heads.group, 1)
+        """Sequences of up to so many query tokens are decoded, in a batch of sequences of up to `max_query`: all of a
+        batch where those are few, a power of two, for each is a compilation. Where blocks are cut into pieces, those
+        are faster than more tokens than fill a decode's rows."""
+        cut = any(s.pieces and self._permitted(s) and s.eligible(self.tree, self.heads, self.hopper) for s in PREFILL)
+        return max(16 // self.heads.group, 1) if cut or max_query > FEW_MAX else triton.next_power_of_2(max_query)
 
     def schedules(self, batch: int, tokens: int, max_query: int) -> tuple[Decode, Prefill | None]:
         """The schedules for a padded batch of so many sequences and query tokens: the first that fit it, are eligible
