@@ -233,8 +233,9 @@ def save(path: Path, report: dict[str, Any], found: list[dict[str, Any]], second
         write(path, {**report, "points": found, "seconds": seconds})
         return
     whole = json.loads(path.read_text())
-    new = {(point["what"], point["name"]) for point in found}
-    whole["points"] = [point for point in whole["points"] if (point["what"], point["name"]) not in new] + found
+    new = {(point["what"], point["name"]): point for point in found}
+    kept = [new.pop((point["what"], point["name"]), point) for point in whole["points"]]
+    whole["points"] = [*kept, *new.values()]
     runs = {run["command"]: run for run in whole.get("joined", [])}
     whole["joined"] = list({**runs, report["command"]: {**report, "seconds": seconds}}.values())
     write(path, whole)

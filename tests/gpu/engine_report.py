@@ -1,6 +1,6 @@
 """The tables of docs/reports/engine-gpu.txt, from what test_engine.py wrote.
 
-usage: engine_report.py PROOF.json     (the file that ENGINE_PROOF_REPORT named)
+usage: engine_report.py FOLDER     (the one that ENGINE_PROOF_REPORT named)
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ BATCHES = "in a batch of "
 COUNTED = ("requests", "tokens", "differing")
 
 
+def last_report(said: str) -> dict[str, Any] | None:
+    """The last report in what an engine printed: of all the axes, where its process ended well."""
+    reports = [line for line in said.splitlines() if line.startswith("REPORT ") and line.endswith("}")]
+    return json.loads(reports[-1].removeprefix("REPORT ")) if reports else None
+
+
 def by_axis(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Counter[str]]:
     """What the engines counted on each axis, together; batches of every size are one axis."""
     totals: dict[str, Counter[str]] = {}
@@ -26,10 +32,11 @@ def by_axis(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Counter[str]]
     return totals
 
 
-def lines(said: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    reports = {name: one["report"] for name, one in said.items() if one["report"]}
-    plain = by_axis({name: found for name, found in reports.items() if name == "default"})
-    ours = by_axis({name: found for name, found in reports.items() if name != "default"})
+def lines(said: Mapping[str, dict[str, Any] | None]) -> Iterator[str]:
+    """said: engine -> its last report."""
+    reports = {name: report for name, report in said.items() if report}
+    plain = by_axis({name: found for name, found in reports.items() if name.endswith("default")})
+    ours = by_axis({name: found for name, found in reports.items() if not name.endswith("default")})
     yield f"{'axis':<56} {'requests':>8} {'tokens':>9} {'differing':>9}   without the flag, differing"
     for axis, tally in ours.items():
         control = plain.get(axis)
@@ -51,4 +58,5 @@ def lines(said: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text()))))
+    files = sorted(Path(sys.argv[1]).glob("*.out"), key=lambda file: file.stat().st_mtime)
+    print("\n".join(lines({file.stem: last_report(file.read_text()) for file in files})))

@@ -1,6 +1,7 @@
 """Whole engines on a card, against themselves and each other: every axis of the promise, and the engine without it.
 
-ENGINE_PROOF_REPORT names a file for what every engine said, in JSON; GPU_MODEL a checkpoint's folder, asked as well.
+ENGINE_PROOF_REPORT names a folder for what every engine says, as it says it: engine_report.py reads that also of a run
+that was cut short. GPU_MODEL names a checkpoint's folder, asked as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_report import last_report
 
 pytest.importorskip("vllm")
 
@@ -78,6 +80,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     cards = listed.split(",")
     folder = tmp_path_factory.mktemp("models")
+    said = Path(os.environ.get("ENGINE_PROOF_REPORT") or tmp_path_factory.mktemp("said"))
+    said.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
     end = time.monotonic() + SECONDS
 
@@ -100,29 +104,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             first.result()
         # Where the time is over, what was found until then is still printed.
         limit = ["timeout", str(max(1, int(end - time.monotonic())))]
-        return subprocess.run([*limit, *command], env=environment, capture_output=True, text=True)
+        out, error = said / f"{name}.out", said / f"{name}.err"
+        with out.open("w") as told, error.open("w") as complained:
+            done = subprocess.run([*limit, *command], env=environment, stdout=told, stderr=complained)
+        return subprocess.CompletedProcess(command, done.returncode, out.read_text(), error.read_text())
 
     with ThreadPoolExecutor(AT_ONCE * len(cards)) as pool:
         first = pool.submit(run, "ours")
         rest = {name: pool.submit(run, name) for name in ENGINES if name != "ours"}
         found = {"ours": first.result(), **{name: one.result() for name, one in rest.items()}}
-    if path := os.environ.get("ENGINE_PROOF_REPORT"):
-        said = {
-            name: {"status": done.returncode, "end": done.stderr[-2000:], "report": last(done)}
-            for name, done in found.items()
-        }
-        Path(path).write_text(json.dumps(said, indent=1))
     return found
 
 
-def last(done: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
-    """The last report of an engine: of all the axes, where its process ended well."""
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    return json.loads(lines[-1].removeprefix("REPORT ")) if lines else None
-
-
 def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    found = last(done)
+    found = last_report(done.stdout)
     print(json.dumps(found)[:3000])
     assert done.returncode == 0, done.stderr[-3000:]
     assert found is not None
