@@ -1,6 +1,6 @@
 """Linear layers through Triton's interpreter: values, edges and masks of every kernel, and certification's own logic.
 
-The interpreter multiplies tiles with NumPy, so its sums depend on block_k: values are compared with float64, and bits
+The interpreter adds up each tile from zero (conftest.py), so its sums depend on block_k: values are compared with float64, and bits
 only where schedules have the block_k of the reference. bfloat16 is left out: the interpreter gets it wrong.
 """
 
