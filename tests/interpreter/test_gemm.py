@@ -1,7 +1,8 @@
 """Linear layers through Triton's interpreter: values, edges and masks of every kernel, and certification's own logic.
 
-The interpreter adds up each tile from zero (conftest.py), so its sums depend on block_k: values are compared with float64, and bits
-only where schedules have the block_k of the reference. bfloat16 is left out: the interpreter gets it wrong.
+The interpreter adds up each tile from zero (conftest.py), so its sums depend on block_k: values are compared with
+float64, and bits only where schedules have the block_k of the reference. bfloat16 is left out: the interpreter gets it
+wrong.
 """
 
 from __future__ import annotations
