@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from bootstrap import interval
 from report import machine, write
 from vllm_deterministic.kernels.attention.certify import Sequences
@@ -64,8 +63,6 @@ class Case:
 
     def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
         plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
-        if prefill is None and self.queries > plan.few:
-            plan.few = triton.next_power_of_2(self.queries)
         plan.fill(self.start, self.kv_len, attention.tree.split, 0)
         cache = Cache(self.k, self.v)
 

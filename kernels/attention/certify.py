@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import triton
 
 from vllm_deterministic.errors import CertificationError
 
@@ -120,8 +119,8 @@ class Sequences:
         kv_len = torch.tensor([b for _, _, b in stretches], dtype=torch.int32, device=device)
         table = self.table[[i for i, _, _ in stretches]].contiguous()
         plan = attention.plan(len(lengths), len(q), max(lengths), decode or DECODE[-1], prefill)
-        if decode is None or prefill is None:
-            plan.few = 0 if decode is None else triton.next_power_of_2(max(lengths))
+        if decode is None:
+            plan.few = 0
         plan.fill(start, kv_len, attention.tree.split, attention.tree.window)
         attention.run(Batch(q, out, table, plan, self.sinks, self.slopes), self.cache, decode, prefill)
         return out

@@ -157,8 +157,10 @@ class Attention:
     def plan(self, batch: int, tokens: int, max_query: int, decode: Decode, prefill: Prefill | None) -> Plan:
         """Empty work lists for a padded batch: `batch` sequences, `tokens` query tokens, at most `max_query` in one."""
         block = prefill.rows if prefill else 128
+        # Without a prefill all sequences are decoded; powers of two, for each is a compilation.
+        few = self.few(max_query) if prefill else triton.next_power_of_2(max_query)
         return Plan.empty(
-            batch, tokens, few=self.few(max_query), block=block, unit=block // self.heads.pack,
+            batch, tokens, few=few, block=block, unit=block // self.heads.pack,
             slots=self.slots(decode), block_slots=self.block_slots(prefill), capacity=_SCRATCH_SPLITS,
             device=self.device,
         )  # fmt: skip
@@ -244,7 +246,7 @@ class Attention:
                 "num_warps": decode.warps,
             },
         )  # fmt: skip
-        if batch.page_table.shape[1] * heads.page > tree.split:
+        if self._several_splits(batch):
             # As many programs as the card holds at once: where most sequences have nothing to combine, more cost time.
             share = min(plan.few * heads.query, -(-2 * self.multiprocessors // plan.batch))
             self._combine_kernel.launch(
@@ -255,12 +257,16 @@ class Attention:
                 },
             )  # fmt: skip
 
+    def _several_splits(self, batch: Batch) -> bool:
+        """Whether a sequence of this padded batch may have splits to combine."""
+        return batch.page_table.shape[1] * self.heads.page > self.tree.split
+
     def _prefill(self, batch: Batch, cache: Cache, prefill: Prefill) -> None:
         tree, heads, plan, rows, q = self.tree, self.heads, batch.plan, cache.rows, batch.q
         if prefill.cuda:
             kernel = self._prefill_cuda[prefill.pieces]
             kernel.launch(batch, cache, self.scratch, tree.log2_scale, self.multiprocessors)
-            if prefill.pieces and batch.page_table.shape[1] * heads.page > tree.split:
+            if prefill.pieces and self._several_splits(batch):
                 self._combine_blocks_kernel.launch(
                     self._key(batch, cache, prefill), (_COMBINERS * self.multiprocessors, 1, 1), batch.out,
                     self.scratch.state, self.scratch.acc, plan.cut_blocks, plan.counts, batch.out.stride(0),

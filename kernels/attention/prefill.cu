@@ -6,7 +6,7 @@
 // scores of tile j are computed beside P V of tile j - 1.
 //
 // PIECES: where few items would leave the card idle, the plan has cut their keys into pieces, as decode's (decode.py): the
-// piece that begins a sequence merges its splits here, of the others every split is left to `combine`.
+// piece that begins a sequence merges its splits here, of the others every split is left to combine.py.
 //
 // Macros: HEADS, PACK (query heads, and of an item), GROUP (query heads of a KV head), PAGE (slots), FP16 (0: bf16),
 // OUT32 (1: fp32 output), PIECES (0, 1).
@@ -43,7 +43,7 @@ struct alignas(16) Work {
   int start, tokens, oldest, head, first, end, slot, block;
 };
 
-// Leaves 64 rows of a split, or of a merge of several, to `combine`. row: where the item's first token is kept.
+// Leaves 64 rows of a split, or of a merge of several, to combine.py. row: where the item's first token is kept.
 __device__ __forceinline__ void keep(const Arguments& a, int row, int head, int w, int rows, const float (&m)[2],
                                      const float (&l)[2], const float (&acc)[64]) {
   int r = w * 64 + (threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4;
@@ -52,9 +52,7 @@ __device__ __forceinline__ void keep(const Arguments& a, int row, int head, int 
     if (r < rows) {
       long long at = (long long)(row + r / PACK) * HEADS + head + r % PACK;
       if ((threadIdx.x & 3) == 0) *(float2*)(a.state + at * 2) = make_float2(m[h], l[h]);
-#pragma unroll
-      for (int e = 0; e < 16; e++)
-        *(float2*)(a.kept + at * D + 8 * e + (threadIdx.x & 3) * 2) = make_float2(acc[4 * e + 2 * h], acc[4 * e + 2 * h + 1]);
+      write_floats(a.kept + at * D + (threadIdx.x & 3) * 2, acc, h);
     }
 }
 

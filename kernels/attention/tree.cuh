@@ -93,13 +93,17 @@ __device__ __forceinline__ void finish(float (&acc)[64], const float (&l)[2]) {
     }
   }
 }
-// A row's output, straight from registers: row h to `to`, this thread's first column.
+// Row h, straight from registers, from `to` on, this thread's first column: in fp32, and as an output.
+__device__ __forceinline__ void write_floats(float* to, const float (&acc)[64], int h) {
+#pragma unroll
+  for (int e = 0; e < 16; e++, to += 8) *(float2*)to = make_float2(acc[4 * e + 2 * h], acc[4 * e + 2 * h + 1]);
+}
 __device__ __forceinline__ void write_row(void* out, long long to, const float (&acc)[64], int h) {
+#if OUT32
+  write_floats((float*)out + to, acc, h);
+#else
 #pragma unroll
   for (int e = 0; e < 16; e++, to += 8)
-#if OUT32
-    *(float2*)((float*)out + to) = make_float2(acc[4 * e + 2 * h], acc[4 * e + 2 * h + 1]);
-#else
     *(uint32*)((unsigned short*)out + to) = pack(acc[4 * e + 2 * h], acc[4 * e + 2 * h + 1]);
 #endif
 }

@@ -256,9 +256,11 @@ def test_what_cut_blocks_kept_is_combined(programs: int) -> None:
         at = torch.arange(rows)[:, None] + slot + rows * torch.arange(splits - merged + 1)
         m, sums = state.view(4096, heads, 2)[at].double().unbind(-1)  # [rows, splits, heads]
         weights = torch.exp2(m - m.amax(1, keepdim=True))
-        values = (weights[..., None] * acc.view(4096, heads, size)[at].double()).sum(1)
-        want = values / (weights * sums).sum(1)[..., None]
-        assert ((out[first_row : first_row + rows] - want).norm() / want.norm()).item() < 2**-18
+        values, sums = weights[..., None] * acc.view(4096, heads, size)[at].double(), weights * sums
+        for used, near in ((values.shape[1], True), (values.shape[1] - 1, False)):  # control: one split less is seen
+            want = values[:, :used].sum(1) / sums[:, :used].sum(1)[..., None]
+            error = ((out[first_row : first_row + rows] - want).norm() / want.norm()).item()
+            assert error < 2**-18 if near else error > 2**-10
 
 
 def test_a_wrong_window_is_seen() -> None:
