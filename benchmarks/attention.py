@@ -63,7 +63,7 @@ class Case:
 
     def ours(self, attention: Attention, decode: Decode, prefill: Prefill | None) -> list[Call]:
         plan = attention.plan(self.batch, len(self.q), self.queries, decode, prefill)
-        plan.fill(self.start, self.kv_len, attention.tree.split, 0)
+        plan.fill(self.start, self.kv_len, attention.tree)
         cache = Cache(self.k, self.v)
 
         def call(i: int) -> Call:
@@ -160,7 +160,9 @@ def rescore(path: Path) -> None:
     """Writes a finished run's points again, for the schedules that the launcher chooses now."""
     result = json.loads(path.read_text())
     kept = [point for point in result["points"] if point["what"].startswith("error")]
-    attention = Attention(tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu"))
+    attention = Attention(
+        tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu")
+    )
     attention.hopper, attention.multiprocessors = True, 132
     for turn in result["turns"]:
         batch, queries = turn["batch"], turn["queries"]
@@ -185,7 +187,7 @@ def accuracy() -> list[dict[str, Any]]:
     ours."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    tree, heads = tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE)
+    tree, heads = tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE)
     attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
     sequences = Sequences(attention, 4096, torch.bfloat16, kinds=("normal", "heavy", "cancelling"))
     rows = []
@@ -241,7 +243,7 @@ def main() -> None:
             print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
         write(arguments.out, result)
 
-    tree, heads = tree_for(HEAD_SIZE), Heads(QUERY_HEADS, KV_HEADS, PAGE)
+    tree, heads = tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE)
     attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
     pool = torch.empty(
         2,

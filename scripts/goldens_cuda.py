@@ -150,7 +150,7 @@ def attend(tree: Tree, heads: Heads, dtype: torch.dtype, keys: int, device: torc
     plan = attention.plan(1, keys, keys, DECODE[-1], REFERENCE)
     plan.few = 0
     start, kv_len = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([0, keys], [keys]))
-    plan.fill(start, kv_len, tree.split, tree.window)
+    plan.fill(start, kv_len, tree)
     out = torch.empty(q.shape, dtype=torch.float32, device=device)
     sinks = torch.arange(-1.0, heads.query - 1, device=device) if tree.sink else None
     attention.run(Batch(q, out, table, plan, sinks), Cache(pages[..., :size], pages[..., size:]), None, REFERENCE)

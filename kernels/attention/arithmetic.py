@@ -57,6 +57,33 @@ def alibi(x, slope, ahead):
 
 
 @triton.jit
+def ends_split(j, PER: tl.constexpr, STEADY: tl.constexpr):
+    """Whether a split ends with tile j. PER: tiles of a split, STEADY: from which tile on of twice as many."""
+    if STEADY > 0:
+        return (j + 1) % tl.where(j < STEADY, PER, 2 * PER) == 0
+    else:
+        return (j + 1) % PER == 0
+
+
+@triton.jit
+def split_of(j, PER: tl.constexpr, STEADY: tl.constexpr):
+    """Which split holds tile j."""
+    s = j // PER
+    if STEADY > 0:
+        s = tl.where(j < STEADY, s, (s + STEADY // PER) // 2)
+    return s
+
+
+@triton.jit
+def first_tile(s, PER: tl.constexpr, STEADY: tl.constexpr):
+    """The first tile of split s."""
+    j = s * PER
+    if STEADY > 0:
+        j = tl.where(j < STEADY, j, 2 * j - STEADY)
+    return j
+
+
+@triton.jit
 def weigh(x, m, c):
     """Steps 3 and 4: (p, alpha, the new m) of a tile of masked scores."""
     top = tl.maximum(m, tl.max(x, 1) * c)

@@ -37,6 +37,8 @@ def edges(tree: Tree, longest: int) -> list[int]:
     t, s = tree.tile, tree.split
     at = {1, 2, 15, 16, 17, 63, 64, 65, t - 1, t, t + 1, s - 1, s, s + 1, 2 * s - 1, 2 * s, 2 * s + 1, 2 * s + 17}
     at |= {3000, 4095, 4096, 4097, 8191, 8192, 16384, 32767, 32768, longest}
+    if tree.steady:  # where splits double, in the middle of such a split and at its end
+        at |= {tree.steady + more + n for more in (0, s, 2 * s, 3 * s) for n in (-1, 0, 1)}
     if tree.window:
         at |= {tree.window - 1, tree.window, tree.window + 1, tree.window + t}
     return sorted(n for n in at if 0 < n <= longest)
@@ -121,7 +123,7 @@ class Sequences:
         plan = attention.plan(len(lengths), len(q), max(lengths), decode or DECODE[-1], prefill)
         if decode is None:
             plan.few = 0
-        plan.fill(start, kv_len, attention.tree.split, attention.tree.window)
+        plan.fill(start, kv_len, attention.tree)
         attention.run(Batch(q, out, table, plan, self.sinks, self.slopes), self.cache, decode, prefill)
         return out
 

@@ -1,8 +1,9 @@
-"""Decode: few query tokens on a long context. One program walks a piece (a run of splits) for one KV head.
+"""Decode: few query tokens on a long context. One program walks a piece for one KV head: a run of splits, then perhaps
+one of those of double length.
 
-A program whose piece begins the sequence merges its splits in registers as it goes; the others leave each split's
-(m, l, acc) in scratch, and `combine` merges those in ascending order after it. Where a sequence is one piece, there is
-nothing to combine. All of it is the tree of tree.py, whatever the pieces.
+A program whose piece begins the sequence merges its first run in registers as it goes; of all other splits each one's
+(m, l, acc) is left in scratch, and `combine` merges those in ascending order after it. Where a sequence is one piece,
+there is nothing to combine. All of it is the tree of tree.py, whatever the pieces.
 """
 
 from __future__ import annotations
@@ -11,7 +12,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .arithmetic import accumulate, alibi, finish, halves, merge, merge_scales, row_sum, softcap, weigh, within
+from .arithmetic import (
+    accumulate,
+    alibi,
+    ends_split,
+    finish,
+    first_tile,
+    halves,
+    merge,
+    merge_scales,
+    row_sum,
+    softcap,
+    split_of,
+    weigh,
+    within,
+)
 
 __all__ = ["combine", "decode"]
 
@@ -23,15 +38,24 @@ def _keep(STATE, ACC, row, d, real, m, l, acc, WIDTH: tl.constexpr):
     tl.store(ACC + ((row * WIDTH)[:, None] + d[None, :]), acc, mask=real[:, None])
 
 
+@triton.jit
+def _tile(begin, i, run, jump, UNTIL: tl.constexpr):
+    """The i-th tile of a piece: its first run has `run` from `begin` on, the second is `jump` behind that."""
+    j = begin + i
+    if UNTIL > 0:
+        j += tl.where(i < run, 0, jump)
+    return j
+
+
 @triton.jit(do_not_specialize=["bt_stride"])
 def decode(
     Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, PAGE_TABLE, c, tanh_scale,
     log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head, SLOPES,
     slope_scale, v_scale,
     GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr,
-    E4M3: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    STEADY: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
+    ALIBI: tl.constexpr, E4M3: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: KV heads (side by side: in memory a slot's heads are neighbours), pieces, blocks of ROWS rows (token, head
     of the group).
@@ -44,13 +68,17 @@ def decode(
     kv = tl.program_id(0)
     piece = tl.program_id(1)
     if piece < tl.load(COUNTS):
-        b = tl.load(PIECES + piece * 8)
-        first = tl.load(PIECES + piece * 8 + 1)
-        end = tl.load(PIECES + piece * 8 + 2)
-        slot = tl.load(PIECES + piece * 8 + 3)
-        start = tl.load(PIECES + piece * 8 + 4)
-        queries = tl.load(PIECES + piece * 8 + 5)
-        keys = tl.load(PIECES + piece * 8 + 6)
+        PER: tl.constexpr = S // T
+        UNTIL: tl.constexpr = STEADY // T
+        this = PIECES + piece * 16
+        b = tl.load(this)
+        first = tl.load(this + 1)
+        end = tl.load(this + 2)
+        slot = tl.load(this + 3)
+        start = tl.load(this + 4)
+        queries = tl.load(this + 5)
+        keys = tl.load(this + 6)
+        kept_first = tl.load(this + 7)
         if tl.program_id(2) * ROWS < queries * GROUP:
             row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
             token = row // GROUP
@@ -71,9 +99,18 @@ def decode(
             slope = m
             if ALIBI:
                 slope = tl.load(SLOPES + head) * slope_scale
-            tiles = (tl.minimum(end * S, keys) + T - 1) // T
-            page = tl.load(pages + first * S // PAGE)
-            for j in tl.range(first * (S // T), tiles, num_stages=STAGES):
+            last = (keys - 1) // T
+            begin = first * PER
+            run = tl.minimum(end * PER, last + 1) - begin
+            tiles = run
+            jump = 0
+            if UNTIL > 0:
+                more = first_tile(tl.load(this + 8), PER, UNTIL)
+                tiles += tl.maximum(tl.minimum(first_tile(tl.load(this + 9), PER, UNTIL), last + 1) - more, 0)
+                jump = more - begin - run
+            page = tl.load(pages + tl.minimum(_tile(begin, 0, run, jump, UNTIL), last) * T // PAGE)
+            for i in tl.range(0, tiles, num_stages=STAGES):
+                j = _tile(begin, i, run, jump, UNTIL)
                 key = j * T + tl.arange(0, T)
                 if TMA:
                     r = page * row_page + kv * row_head + (j * T) % PAGE
@@ -92,7 +129,7 @@ def decode(
                     k = halves(k, q)
                     v = halves(v, q)
                 if PAGE % T == 0:
-                    page = tl.load(pages + tl.minimum(j + 1, tiles - 1) * T // PAGE)
+                    page = tl.load(pages + tl.minimum(_tile(begin, i + 1, run, jump, UNTIL), last) * T // PAGE)
                 x = tl.dot(q, tl.trans(k))
                 if SOFTCAP:
                     x = softcap(x, tanh_scale)
@@ -104,11 +141,11 @@ def decode(
                     seen = seen & (ahead < WINDOW)
                 p, alpha, m = weigh(tl.where(seen, x, float("-inf")), m, c)
                 l, acc = accumulate(p, alpha, row_sum(p, ROWS, T), v, l, acc)
-                if (j + 1) % (S // T) == 0 or j + 1 == tiles:
-                    if slot < 0:
+                if ends_split(j, PER, UNTIL) or j == last:
+                    if (slot == -1) | ((slot < 0) & (i < run)):
                         M, L, A = merge(M, L, A, m, l, acc)
                     else:
-                        kept = (slot + j // (S // T) - first) * FEW + token
+                        kept = (kept_first + split_of(j, PER, UNTIL)) * FEW + token
                         _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, WIDTH)
                     m = tl.full((ROWS,), float("-inf"), tl.float32)
                     l = tl.zeros((ROWS,), tl.float32)

@@ -200,15 +200,15 @@ class Attention:
 
     @cached_property
     def _prefill_cuda(self) -> tuple[PrefillCuda, PrefillCuda]:
-        heads = self.heads
-        return PrefillCuda(heads, pieces=False), PrefillCuda(heads, pieces=True)
+        return PrefillCuda(self.tree, self.heads, pieces=False), PrefillCuda(self.tree, self.heads, pieces=True)
 
     @cached_property
     def _constants(self) -> dict[str, Any]:
         tree, heads = self.tree, self.heads
         return {
-            "GROUP": heads.group, "D": tree.head_size, "T": tree.tile, "S": tree.split, "PAGE": heads.page,
-            "WINDOW": tree.window, "SOFTCAP": tree.softcap > 0, "SINK": tree.sink, "enable_fp_fusion": False,
+            "GROUP": heads.group, "D": tree.head_size, "T": tree.tile, "S": tree.split, "STEADY": tree.steady,
+            "PAGE": heads.page, "WINDOW": tree.window, "SOFTCAP": tree.softcap > 0, "SINK": tree.sink,
+            "enable_fp_fusion": False,
         }  # fmt: skip
 
     @cached_property

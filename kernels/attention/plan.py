@@ -1,9 +1,12 @@
 """Who computes what: work lists written on the device, once for all layers of a step. Nothing here can change a bit.
 
 The host knows padded sizes only, so that a CUDA graph captured once serves every step of its size. Lengths are read
-here: sequences of few query tokens are cut into *pieces* (runs of splits, one decode program per piece and KV head)
-so that the card is evenly full; longer ones into blocks of query tokens for the prefill kernel. Where those are too few
-to fill the card, as a chat's next turn is, blocks are cut into pieces as well.
+here: sequences of few query tokens are cut into *pieces* (one decode program per piece and KV head) so that the card
+is evenly full; longer ones into blocks of query tokens for the prefill kernel. Where those are too few to fill the
+card, as a chat's next turn is, blocks are cut into pieces as well.
+
+Lengths are in units: splits before they double (tree.py, `steady`), halves of splits after. A piece of a sequence is a
+run of single splits and a run of double ones, so that a unit more or less evens out; of a block, one run of either.
 """
 
 from __future__ import annotations
@@ -15,16 +18,40 @@ import torch
 import triton
 import triton.language as tl
 
+from .tree import Tree
+
 __all__ = ["Plan"]
 
 
 @triton.jit
-def _shortest(splits, count, low, high, slots):
+def _pieces(units, doubles, length):
+    """How many pieces of at most `length` units a sequence is; so many of its splits are of two."""
+    half = tl.maximum(length // 2, 1)
+    return tl.maximum((units + length - 1) // length, (doubles + half - 1) // half)
+
+
+@triton.jit
+def _length(units, doubles, pieces):
+    """The shortest length of so many pieces."""
+    pieces = tl.maximum(pieces, 1)
+    return tl.maximum(tl.maximum((units + pieces - 1) // pieces, (doubles + pieces - 1) // pieces * 2), 1)
+
+
+@triton.jit
+def _split(unit, STEADY: tl.constexpr):
+    """How many splits end in so many units; a split that is half there counts."""
+    if STEADY > 0:
+        unit = tl.where(unit <= STEADY, unit, (unit + STEADY + 1) // 2)
+    return unit
+
+
+@triton.jit
+def _shortest(units, doubles, count, low, high, slots):
     """The shortest length of pieces from `low` on that leaves no more of them than slots, where `count` lots of each
-    number of splits are cut; `high` where there is none."""
+    number of units are cut; `high` where there is none."""
     while low < high:
         middle = (low + high) // 2
-        fits = tl.sum((splits + middle - 1) // middle * count, 0) <= slots
+        fits = tl.sum(_pieces(units, doubles, middle) * count, 0) <= slots
         low = tl.where(fits, low, middle + 1)
         high = tl.where(fits, middle, high)
     return low
@@ -34,7 +61,7 @@ def _shortest(splits, count, low, high, slots):
 def _plan(
     QUERY_START, KV_LEN, PIECES, BLOCKS, SEQUENCES, CUT_BLOCKS, COUNTS, batch, slots, capacity, block_slots,
     PADDED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, CUT: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr, STEADY: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     b = tl.arange(0, PADDED)
     real = b < batch
@@ -46,59 +73,75 @@ def _plan(
     if WINDOW > 0:
         first = tl.maximum(keys - queries - WINDOW + 1, 0) // SPLIT
     end = (keys + SPLIT - 1) // SPLIT
-    splits = tl.where(few, end - first, 0)
+    splits = tl.where(few, _split(end, STEADY) - first, 0)
+    doubles = splits * 0
+    if STEADY > 0:
+        doubles = tl.maximum(splits - STEADY, 0)
+    units = splits + doubles
     # Even pieces: as many per sequence as its share of the slots, so there are at most slots + batch of them.
-    share = tl.maximum((tl.sum(splits, 0) + slots - 1) // slots, 1)
-    pieces = tl.where(few, tl.maximum(splits // share, 1), 0)
-    # That is rounded down: of 4 x 63 splits, 16 slots get 4 x 3 pieces of 21. Taken instead, where there is one: the
+    share = tl.maximum((tl.sum(units, 0) + slots - 1) // slots, tl.where(tl.max(doubles, 0) > 0, 2, 1))
+    pieces = tl.where(few, tl.maximum(units // share, 1), 0)
+    # That is rounded down: of 4 x 63 units, 16 slots get 4 x 3 pieces of 21. Taken instead, where there is one: the
     # shortest length that is no longer than these pieces and leaves no more pieces than slots (there, 16).
-    longest = tl.max((splits + pieces - 1) // tl.maximum(pieces, 1), 0)
-    length = _shortest(splits, 1, share, longest, slots)
-    cut = (splits + length - 1) // length
+    longest = tl.max(_length(units, doubles, pieces), 0)
+    length = _shortest(units, doubles, 1, share, longest, slots)
+    cut = _pieces(units, doubles, length)
     if tl.sum(cut, 0) <= slots:
         pieces = cut
     if tl.sum(tl.where(pieces > 1, splits, 0), 0) * FEW > capacity:
         pieces = tl.minimum(pieces, 1)
-    length = tl.maximum((splits + pieces - 1) // tl.maximum(pieces, 1), 1)
-    pieces = (splits + length - 1) // length
-    kept = tl.where(pieces > 1, splits - length + 1, 0)
+    length = _length(units, doubles, pieces)
+    pieces = _pieces(units, doubles, length)
+    # Double splits fill the last pieces, single ones what is left from the first piece on.
+    half = tl.maximum(length // 2, 1)
+    singles = splits - doubles
+    merged = tl.minimum(singles, length - 2 * tl.maximum(doubles - half * (pieces - 1), 0))  # of the first piece
+    kept = tl.where(pieces > 1, splits - merged + 1, 0)
     slot = tl.where(pieces > 1, tl.cumsum(kept, 0) - kept, -1)
     tl.store(SEQUENCES + b * 8, slot, mask=real)
-    tl.store(SEQUENCES + b * 8 + 1, length, mask=real)
+    tl.store(SEQUENCES + b * 8 + 1, merged, mask=real)
     tl.store(SEQUENCES + b * 8 + 2, splits, mask=real)
     tl.store(SEQUENCES + b * 8 + 3, start, mask=real)
     tl.store(SEQUENCES + b * 8 + 4, queries, mask=real)
     at = tl.cumsum(pieces, 0) - pieces
     for i in range(tl.max(pieces, 0)):
-        to = PIECES + (at + i) * 8
-        tl.store(to, b, mask=i < pieces)
-        tl.store(to + 1, first + i * length, mask=i < pieces)
-        tl.store(to + 2, tl.minimum(first + (i + 1) * length, end), mask=i < pieces)
+        to = PIECES + (at + i) * 16
+        mine = i < pieces
+        twos = tl.maximum(doubles - half * (pieces - i), 0)
+        twos_end = tl.maximum(doubles - half * (pieces - i - 1), 0)
+        tl.store(to, b, mask=mine)
+        tl.store(to + 1, first + tl.minimum(i * length - 2 * twos, singles), mask=mine)
+        tl.store(to + 2, first + tl.minimum((i + 1) * length - 2 * twos_end, singles), mask=mine)
         # Negative for a piece that begins its sequence: -1 where it is all of it, else -2 - slot.
-        tl.store(
-            to + 3, tl.where(slot < 0, -1, tl.where(i == 0, -2 - slot, slot + 1 + (i - 1) * length)), mask=i < pieces
-        )
-        tl.store(to + 4, start, mask=i < pieces)
-        tl.store(to + 5, queries, mask=i < pieces)
-        tl.store(to + 6, keys, mask=i < pieces)
+        tl.store(to + 3, tl.where(slot < 0, -1, tl.where(i == 0, -2 - slot, slot)), mask=mine)
+        tl.store(to + 4, start, mask=mine)
+        tl.store(to + 5, queries, mask=mine)
+        tl.store(to + 6, keys, mask=mine)
+        tl.store(to + 7, slot + 1 - first - merged, mask=mine)
+        tl.store(to + 8, singles + twos, mask=mine)
+        tl.store(to + 9, singles + twos_end, mask=mine)
     tl.store(COUNTS, tl.sum(pieces, 0))
     # --- blocks ---
     longer = tl.where(queries > FEW, queries, 0)
     blocks = (longer + BLOCK - 1) // BLOCK
-    splits = tl.where(longer > 0, end, 0)
+    units = tl.where(longer > 0, end, 0)
     pieces = tl.minimum(blocks, 1)
-    length = splits
+    length = units
     kept = pieces * 0
     if CUT:
-        longest = tl.max(splits, 0)
-        shortest = _shortest(splits, (longer + UNIT - 1) // UNIT, tl.minimum(longest, 1), longest, block_slots)
-        pieces = (splits + shortest - 1) // tl.maximum(shortest, 1)
+        longest = tl.max(units, 0)
+        programs = (longer + UNIT - 1) // UNIT
+        shortest = _shortest(units, units * 0, programs, tl.minimum(longest, 1), longest, block_slots)
+        pieces = (units + shortest - 1) // tl.maximum(shortest, 1)
         # Of the splits behind a block's first piece, each keeps the block's rows.
         height = tl.maximum(tl.minimum(longer, BLOCK), 1)
         room = capacity // tl.maximum(tl.sum(blocks, 0), 1) // height
-        length = tl.maximum((splits + pieces - 1) // tl.maximum(pieces, 1), tl.maximum(splits - room, 0) + 1)
-        pieces = (splits + length - 1) // length
-        kept = tl.where(pieces > 1, (splits - length + 1) * height, 0)
+        length = tl.maximum((units + pieces - 1) // tl.maximum(pieces, 1), tl.maximum(units - room, 0) + 1)
+        if STEADY > 0:  # an even number of units ends no double split in its middle
+            length += tl.where(units > STEADY, length % 2, 0)
+        pieces = (units + length - 1) // length
+        first_splits = _split(length, STEADY)
+        kept = tl.where(pieces > 1, (_split(units, STEADY) - first_splits + 1) * height, 0)
         # Blocks that end in the first piece are not cut: those with no more keys than it.
         first_piece = tl.maximum(length * SPLIT - keys + queries, 0)
         whole = tl.where(first_piece < longer, first_piece // BLOCK, blocks)
@@ -122,14 +165,16 @@ def _plan(
             tl.store(to + 3, oldest, mask=mine)
             tl.store(to + 4, piece * length, mask=mine)
             tl.store(to + 5, tl.minimum((piece + 1) * length, here), mask=mine)
-            later = slot + (1 + (piece - 1) * length) * rows
+            later = slot
+            if CUT:
+                later += (1 + _split(piece * length, STEADY) - first_splits) * rows
             tl.store(to + 6, tl.where(here > length, tl.where(piece == 0, -2 - slot, later), -1), mask=mine)
         if CUT:
             to = CUT_BLOCKS + (number + i) * 8
             mine = (i < blocks) & (here > length)
             tl.store(to, slot, mask=mine)
-            tl.store(to + 1, length, mask=mine)
-            tl.store(to + 2, here, mask=mine)
+            tl.store(to + 1, first_splits, mask=mine)
+            tl.store(to + 2, _split(here, STEADY), mask=mine)
             tl.store(to + 3, start + i * BLOCK, mask=mine)
             tl.store(to + 4, rows, mask=mine)
             tl.store(to + 5, before + i * BLOCK, mask=mine)
@@ -141,14 +186,15 @@ def _plan(
 class Plan:
     """The work lists of one padded batch; int32, on the device.
 
-    pieces: [slots + batch, 8] sequence, first split, end split, where the scratch keeps the first of them, first row of
-    its queries, how many, keys, unused. The scratch: -1 for a whole sequence, which keeps nothing, -2 - slot for a
-    sequence's first piece, which keeps its merged splits in one slot; splits behind it have the slots behind that.
-    sequences: [batch, 8] scratch slot, splits per piece, splits, first row, rows.
+    pieces: [slots + batch, 16] sequence, first split, end split, scratch slot of the sequence, first row of its
+    queries, how many, keys, what a split's slot is ahead of its number, first and end split of the second run. The
+    scratch slot: -1 for a whole sequence, which keeps nothing, -2 - slot for a sequence's first piece, which keeps its
+    merged first run in that slot; splits behind it have the slots behind that.
+    sequences: [batch, 8] scratch slot, splits merged there, splits, first row, rows.
     blocks: [tokens // block + batch, at least block_slots; 8] sequence, first row, rows, position of the first, first
-    split, end split, and as in pieces where the scratch keeps them, but in query tokens: a split of a block has as many
-    as the block has rows. A piece may be of no splits. cut_blocks: [block_slots, 8] as sequences, of blocks that are
-    cut, and how many rows those before it have.
+    unit, end unit, and where the scratch keeps its splits, in query tokens (a split of a block has as many as the block
+    has rows): -1, -2 - place of the merged first piece, or the place of the first. A piece may be of no splits.
+    cut_blocks: [block_slots, 8] as sequences, of blocks that are cut, and how many rows those before it have.
     counts: [4] how many pieces, pieces of blocks and cut blocks there are, and units of the largest block.
     few: sequences of up to so many query tokens are pieces. block: query tokens per block. unit: query tokens of what a
     prefill's program works on at a time. slots, block_slots: pieces, and units of blocks, that the card works on at a
@@ -189,7 +235,7 @@ class Plan:
             return torch.zeros(rows, columns, dtype=torch.int32, device=device)
 
         return cls(
-            batch, tokens, few, block, unit, slots, block_slots, capacity, table(slots + batch, 8),
+            batch, tokens, few, block, unit, slots, block_slots, capacity, table(slots + batch, 16),
             table(max(tokens // block + batch, block_slots), 8), table(batch, 8),
             table(block_slots, 8), table(1, 4)[0],
         )  # fmt: skip
@@ -200,12 +246,12 @@ class Plan:
         changed = {"batch": batch, "tokens": tokens, "slots": slots, "block_slots": block_slots}
         return dataclasses.replace(self, **changed, pieces=pieces, blocks=blocks)
 
-    def fill(self, query_start: torch.Tensor, kv_len: torch.Tensor, split: int, window: int) -> None:
+    def fill(self, query_start: torch.Tensor, kv_len: torch.Tensor, tree: Tree) -> None:
         """Reads the lengths on the device. query_start: [batch + 1], kv_len: [batch]; both int32. A padding sequence
         has no query tokens."""
         _plan[(1,)](
             query_start, kv_len, self.pieces, self.blocks, self.sequences, self.cut_blocks, self.counts, self.batch,
             self.slots, self.capacity, self.block_slots, PADDED=max(triton.next_power_of_2(self.batch), 32),
-            FEW=self.few, BLOCK=self.block, UNIT=self.unit, CUT=len(self.cut_blocks) > 0, SPLIT=split, WINDOW=window,
-            num_warps=4,
+            FEW=self.few, BLOCK=self.block, UNIT=self.unit, CUT=len(self.cut_blocks) > 0, SPLIT=tree.split,
+            STEADY=tree.steady // tree.split, WINDOW=tree.window, num_warps=4,
         )  # fmt: skip

@@ -9,7 +9,7 @@
 // piece that begins a sequence merges its splits here, of the others every split is left to combine.py.
 //
 // Macros: HEADS, PACK (query heads, and of an item), GROUP (query heads of a KV head), PAGE (slots), FP16 (0: bf16),
-// OUT32 (1: fp32 output), PIECES (0, 1).
+// OUT32 (1: fp32 output), PIECES (0, 1), STEADY (tree.py's, in tiles; 0: never).
 #include "hopper.cuh"
 #include "tree.cuh"
 
@@ -180,7 +180,7 @@ __device__ __forceinline__ void consume(const Arguments& a, char* memory, uint32
         drain<1>();
       pin(x);
       release(bars.k_free + 8 * stage);
-      bool starts = j % TILES_OF_SPLIT == 0;
+      bool starts = starts_split(j);
       float old[2] = {m[0], m[1]}, r[2];
       if (starts) m[0] = m[1] = NONE;
       find_top<APART>(x, m, alpha, base, c, j >= plain, position - j * T);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import accumulate, alibi, finish, halves, merge, row_sum, softcap, weigh, within
+from .arithmetic import accumulate, alibi, ends_split, finish, halves, merge, row_sum, softcap, weigh, within
 
 __all__ = ["prefill"]
 
@@ -56,9 +56,9 @@ def _tile(
 def prefill(
     Q, K, V, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e,
     bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, SLOPES, slope_scale, v_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, E4M3: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, STEADY: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr,
+    E4M3: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of ROWS query tokens, query heads. Arguments as decode's."""
     block = tl.program_id(0)
@@ -100,7 +100,7 @@ def prefill(
                 j, page, K, V, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
                 slope, False, ROWS, D, WIDTH, T, PAGE, WINDOW, SOFTCAP, ALIBI, E4M3,
             )  # fmt: skip
-            if (j + 1) % (S // T) == 0:
+            if ends_split(j, S // T, STEADY // T):
                 M, L, A = merge(M, L, A, m, l, acc)
                 m = tl.full((ROWS,), float("-inf"), tl.float32)
                 l = tl.zeros((ROWS,), tl.float32)
@@ -111,7 +111,7 @@ def prefill(
                 j, page, K, V, pages, keys, kv, q, position, m, l, acc, c, tanh_scale, kv_page, kv_slot, kv_head,
                 slope, True, ROWS, D, WIDTH, T, PAGE, WINDOW, SOFTCAP, ALIBI, E4M3,
             )  # fmt: skip
-            if (j + 1) % (S // T) == 0:
+            if ends_split(j, S // T, STEADY // T):
                 M, L, A = merge(M, L, A, m, l, acc)
                 m = tl.full((ROWS,), float("-inf"), tl.float32)
                 l = tl.zeros((ROWS,), tl.float32)

@@ -18,6 +18,7 @@ from vllm_deterministic.kernels.nvrtc import Kernel, tensor_map
 if TYPE_CHECKING:
     from .launch import Batch, Cache, Scratch
     from .schedules import Heads
+    from .tree import Tree
 
 __all__ = ["PrefillCuda"]
 
@@ -47,16 +48,16 @@ def _compiled(defines: tuple[tuple[str, int], ...], _card: int) -> Kernel:
 
 
 class PrefillCuda:
-    """prefill.cu for one shape of heads, compiled on first use. pieces: for plans that cut blocks.
+    """prefill.cu for one tree and shape of heads, compiled on first use. pieces: for plans that cut blocks.
 
     Raises SeamError, RuntimeError as kernels/nvrtc.py's Kernel.
     """
 
-    def __init__(self, heads: Heads, pieces: bool) -> None:
+    def __init__(self, tree: Tree, heads: Heads, pieces: bool) -> None:
         # Where steps are large, rows of one head are a little faster.
         self._shape = {
             "HEADS": heads.query, "PACK": heads.pack if pieces else 1, "GROUP": heads.group, "PAGE": heads.page,
-            "PIECES": int(pieces),
+            "PIECES": int(pieces), "STEADY": tree.steady // tree.tile,
         }  # fmt: skip
         self._maps: dict[Any, Any] = {}
 

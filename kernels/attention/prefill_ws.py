@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .arithmetic import ends_split, first_tile, split_of
+
 __all__ = ["TOKENS", "prefill_ws"]
 
 TOKENS = 128  # query tokens of one program: two warp groups of 64
@@ -185,13 +187,14 @@ def _tiles(oldest, rows, T: gl.constexpr, WINDOW: gl.constexpr):
 def _consume(
     half: gl.constexpr, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STEADY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     PER: gl.constexpr = S // T
+    UNTIL: gl.constexpr = STEADY // T
     k_tiles, v_tiles, k_full, v_full = ring
     a_buffer = a_tiles.index(half)
     o_buffer = a_buffer
@@ -210,7 +213,7 @@ def _consume(
         L = gl.zeros([64], gl.float32, ROW)
         acc = gl.zeros([64, D], gl.float32, OUT)
         base = carried - begin
-        split = begin // PER
+        split = split_of(begin, PER, UNTIL)
         mbarrier.wait(q_full, n & 1)
         mbarrier.wait(k_full.index(carried % STAGES), (carried // STAGES) & 1)
         zero = gl.zeros([64, T], gl.float32, SCORES)
@@ -221,26 +224,27 @@ def _consume(
         weights, _alpha, l, m = _weigh(x, begin, m, position, c, tanh_scale, True, WINDOW, SOFTCAP, T, SCORES)
         p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
         # Tiles that every row sees whole: to the end of the first split, then split by split.
-        for j in range(begin + 1, gl.minimum((split + 1) * PER, plain)):
+        for j in range(begin + 1, gl.minimum(first_tile(split + 1, PER, UNTIL), plain)):
             p, m, l, acc, M, L = _step(
                 base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, False, position, c, tanh_scale, False, 0,
                 WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
             )  # fmt: skip
-        for later in range(split + 1, (plain + PER - 1) // PER):
-            j = later * PER
+        for later in range(split + 1, gl.where(plain > 0, split_of(plain - 1, PER, UNTIL) + 1, 0)):
+            first = first_tile(later, PER, UNTIL)
             p, m, l, acc, M, L = _step(
-                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, True, later == split + 1, position, c, tanh_scale,
-                False, 1, WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
+                base + first, first, q, ring, p, m, l, acc, M, L, a_buffer, True, later == split + 1, position, c,
+                tanh_scale, False, 1, WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
             )  # fmt: skip
-            for j in range(later * PER + 1, gl.minimum(later * PER + PER, plain)):
+            for j in range(first + 1, gl.minimum(first_tile(later + 1, PER, UNTIL), plain)):
                 p, m, l, acc, M, L = _step(
                     base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, False, False, position, c, tanh_scale, False, 0,
                     WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
                 )  # fmt: skip
         for j in range(gl.maximum(plain, begin + 1), end):
             p, m, l, acc, M, L = _step(
-                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, j % PER == 0, j // PER == split + 1, position, c,
-                tanh_scale, True, 2, WINDOW, SOFTCAP, D, T, STAGES, SCORES, OUT,
+                base + j, j, q, ring, p, m, l, acc, M, L, a_buffer, ends_split(j - 1, PER, UNTIL),
+                split_of(j, PER, UNTIL) == split + 1, position, c, tanh_scale, True, 2, WINDOW, SOFTCAP, D, T, STAGES,
+                SCORES, OUT,
             )  # fmt: skip
         mbarrier.arrive(q_free, count=1)
         last = base + end - 1
@@ -249,7 +253,7 @@ def _consume(
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         _release(last % STAGES, 1, STAGES)
         carried += end - begin
-        if (end - 1) // PER > split:
+        if split_of(end - 1, PER, UNTIL) > split:
             m, l, acc = _merge(M, L, a_buffer.load(OUT), m, l, acc, D, OUT)
         if SINK:
             sink = gl.zeros([64], gl.float32, ROW) + gl.load(SINKS + head) * log2e
@@ -270,11 +274,11 @@ def _consume(
 def _consume_low(
     q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STEADY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _consume(
         0, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token, HEADS,
-        WINDOW, SOFTCAP, SINK, D, T, S, STAGES,
+        WINDOW, SOFTCAP, SINK, D, T, S, STEADY, STAGES,
     )  # fmt: skip
 
 
@@ -282,11 +286,11 @@ def _consume_low(
 def _consume_high(
     q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token,
     HEADS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, D: gl.constexpr,
-    T: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
+    T: gl.constexpr, S: gl.constexpr, STEADY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _consume(
         1, q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e, o_token, HEADS,
-        WINDOW, SOFTCAP, SINK, D, T, S, STAGES,
+        WINDOW, SOFTCAP, SINK, D, T, S, STEADY, STAGES,
     )  # fmt: skip
 
 
@@ -327,7 +331,8 @@ def _produce(
 def prefill_ws(
     Q, K, V, O, SINKS, BLOCKS, COUNTS, PAGE_TABLE, c, tanh_scale, log2e, bt_stride, o_token, row_page, row_head,
     column_head, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, S: gl.constexpr,
-    PAGE: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, STAGES: gl.constexpr,
+    STEADY: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: a program per multiprocessor; each takes every so many of (block of 128 rows, head). Q, K, V are
     descriptors: rows of tokens and of slots."""
@@ -350,9 +355,9 @@ def prefill_ws(
     gl.warp_specialize(
         [
             (_consume_low, (q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e,
-                            o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES)),
+                            o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STEADY, STAGES)),
             (_consume_high, (q_tiles, a_tiles, ring, q_full, q_free, O, SINKS, BLOCKS, blocks, c, tanh_scale, log2e,
-                             o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STAGES)),
+                             o_token, HEADS, WINDOW, SOFTCAP, SINK, D, T, S, STEADY, STAGES)),
             (_produce, (Q, K, V, q_tiles, ring, q_full, q_free, BLOCKS, blocks, PAGE_TABLE, bt_stride, row_page,
                         row_head, column_head, HEADS, GROUP, D, T, PAGE, WINDOW, STAGES)),
         ],

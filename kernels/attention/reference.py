@@ -69,9 +69,10 @@ def follow(
         return top, state[1] * a + part[1] * b, state[2] * a + part[2] * b
 
     total = (minus, zero, torch.zeros(heads, rows, size))
-    for split in range(0, start + rows, tree.split):
+    splits = tree.splits(start + rows)
+    for split, end in zip(splits, [*splits[1:], start + rows], strict=True):
         m, l, acc = minus, zero, torch.zeros(heads, rows, size)
-        for tile in range(split, min(split + tree.split, start + rows), tree.tile):
+        for tile in range(split, end, tree.tile):
             keys = torch.arange(tile, min(tile + tree.tile, start + rows))
             x = _scores(q.float(), k[keys].float())  # 1
             if tree.softcap:

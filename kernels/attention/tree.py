@@ -1,8 +1,9 @@
 """The reduction tree of attention: what a query row's bits depend on besides its own Q, K and V.
 
 Keys are counted from position 0 of the sequence, never from a chunk, a prefix or a block of queries. Tile j holds keys
-[j * tile, (j + 1) * tile), split s holds keys [s * split, (s + 1) * split). For one query row, fp32 throughout, every
-operation rounded to nearest and none contracted unless written fma:
+[j * tile, (j + 1) * tile). A split holds `split` keys, from key `steady` on twice as many: the first starts with key 0,
+each next one where the one before it ends. For one query row, fp32 throughout, every operation rounded to nearest and
+none contracted unless written fma:
 
     at the start of a split: m = -inf, l = 0, acc[d] = 0. For its tiles, ascending:
     1. x[k] = chain of tensor-core products q * k, head size ascending, from zero; a softcap maps x to tanh(x * scale
@@ -33,7 +34,9 @@ A tile or split that a row sees nothing of leaves its state as it was, bit for b
 start before a row's window, run past its end, or merge empty splits; how it cuts the rest into programs is its own
 affair. (The +0 of step 9 makes zeros of both signs one, the only trace an empty split could leave.)
 
-T and S are the only sizes in here. They were measured on an H200: a smaller split costs prefill, a larger one decode.
+The sizes were measured on an H200: every merge costs prefill, and decode what it keeps; larger splits leave the card
+idle where one sequence is decoded. So they double where those before them can occupy it: `steady` is for 128 splits of
+all KV heads together.
 """
 
 from __future__ import annotations
@@ -52,17 +55,19 @@ LOG2E = math.log2(math.e)
 # head size -> (tile, split). At 256, tiles of 128 keys do not fit a multiprocessor's shared memory.
 _SIZES = {64: (128, 512), 96: (128, 512), 128: (128, 512), 192: (64, 512), 256: (64, 512)}
 HEAD_SIZES = tuple(_SIZES)
+# Fields of Tree that came after the first digests: their defaults are not hashed.
+_LATER = {"alibi": False, "cache": "half", "k_scale": 1.0, "v_scale": 1.0, "steady": 0}
+_PROGRAMS = 128  # splits before they double, of all KV heads
 CACHES = ("half", "e4m3")
 E4M3_MAX = 448.0
-# Fields of Tree that came after the first digests: their defaults are not hashed.
-_LATER = {"alibi": False, "cache": "half", "k_scale": 1.0, "v_scale": 1.0}
 
 
 @dataclass(frozen=True)
 class Tree:
     """Everything that attention's bits depend on. Frozen for a numerics version.
 
-    tile, split: keys per tile and per split; split is a multiple of tile.
+    tile, split: keys per tile and per split; split is a multiple of tile. steady: from which key on splits are twice as
+    long, a multiple of that; 0 for never.
     scale: what scores are multiplied with. softcap: 0 for none, else scores become softcap * tanh(score / softcap).
     window: how many keys a row sees, itself included; 0 for all before it. sink: whether heads have sink logits.
     alibi: whether heads have ALiBi slopes. cache: "half" for keys and values in q's type, or "e4m3" with their scales.
@@ -81,6 +86,12 @@ class Tree:
     cache: str = "half"
     k_scale: float = 1.0
     v_scale: float = 1.0
+    steady: int = 0
+
+    def splits(self, keys: int) -> list[int]:
+        """First keys of the splits of so many keys."""
+        steady = min(self.steady or keys, keys)
+        return [*range(0, steady, self.split), *range(steady, keys, 2 * self.split)]
 
     @property
     def e4m3(self) -> bool:
@@ -123,6 +134,7 @@ def tree_for(
     head_size: int,
     scale: float | None = None,
     *,
+    kv_heads: int | None = None,
     softcap: float = 0.0,
     window: int = 0,
     sink: bool = False,
@@ -131,7 +143,8 @@ def tree_for(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tree:
-    """The tree of a layer. scale: 1 / sqrt(head_size) by default. k_scale, v_scale: of an e4m3 cache.
+    """The tree of a layer. scale: 1 / sqrt(head_size) by default. kv_heads: of the layer on this card, for which splits
+    double behind some key; without, or with a window, they do not. k_scale, v_scale: of an e4m3 cache.
 
     Raises UnsupportedError for what has no tree yet."""
     if head_size not in _SIZES:
@@ -151,6 +164,8 @@ def tree_for(
     if not all(0 < s < math.inf for s in (k_scale, v_scale)):
         raise UnsupportedError(f"scales {k_scale} and {v_scale} of a KV cache must be positive and finite")
     tile, split = _SIZES[head_size]
+    steady = 0 if kv_heads is None or window else max(_PROGRAMS // kv_heads // 2, 1) * 2 * split
     return Tree(
-        head_size, tile, split, scale, softcap, window, sink, alibi=alibi, cache=cache, k_scale=k_scale, v_scale=v_scale
-    )
+        head_size, tile, split, scale, softcap, window, sink, alibi=alibi, cache=cache, k_scale=k_scale,
+        v_scale=v_scale, steady=steady,
+    )  # fmt: skip

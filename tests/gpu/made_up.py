@@ -36,6 +36,12 @@ MODELS = {
         "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
     },
+    # So many KV heads that attention's splits double within the contexts of the proof.
+    "qwen3-32": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 32, "head_dim": 128,
+        "vocab_size": 32000, "tie_word_embeddings": False, "attention_bias": False,
+    },
     # Heads that are no power of two.
     "llama-96": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048,

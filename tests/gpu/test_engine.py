@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from engine_report import last_report
+from vllm_deterministic.kernels.attention.tree import tree_for
 
 pytest.importorskip("vllm")
 
@@ -49,6 +50,7 @@ ENGINES = {
     "default": ("qwen3", "default"),
     "fp16": ("llama", "ours", 'dtype="float16"'),
     "bias and tied": ("qwen2", "ours"),
+    "32 KV heads": ("qwen3-32", "ours", "only=batches,prefix_cached,chunks,scored,many"),
     "fp8 cache": ("llama", "ours", 'kv_cache_dtype="fp8"', BY_POINTERS),
     "heads of 96": ("llama-96", "ours", BY_POINTERS),
     "planted": ("qwen2", "planted"),
@@ -189,6 +191,12 @@ def test_every_layer_is_ours(runs: Runs) -> None:
     for name, expected in shapes.items():
         layers = [layer for layer in report(runs[name])["certified"] if layer["operator"] == "linear"]
         assert {(layer["n"], layer["k"]) for layer in layers} == expected
+
+
+def test_contexts_reached_double_splits(runs: Runs) -> None:
+    (layer,) = [layer for layer in report(runs["32 KV heads"])["certified"] if layer["operator"] == "attention"]
+    assert tree_for(layer["head_size"], kv_heads=32).steady <= 2048
+    assert {"decode-tma", "prefill-cuda", "prefill-cuda-pieces"} <= set(layer["schedules"])
 
 
 def test_layers_of_other_trees_run_by_pointers(runs: Runs) -> None:

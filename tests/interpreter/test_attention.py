@@ -8,6 +8,7 @@ in.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ VARIANTS = {
     "softcap": dataclasses.replace(SMALL, softcap=3.0),
     "sink": dataclasses.replace(SMALL, sink=True),
     "all": dataclasses.replace(SMALL, sink=True, window=100, softcap=5.0),
+    "doubling": dataclasses.replace(SMALL, split=16, steady=32),
     "96": dataclasses.replace(tree_for(96), tile=16, split=64),
     "192": dataclasses.replace(tree_for(192), tile=16, split=64),
     "alibi": dataclasses.replace(SMALL, alibi=True),
@@ -41,7 +43,7 @@ VARIANTS = {
         split=64,
     ),
 }
-NEW = ("96", "192", "alibi", "e4m3", "new all")
+NEW = ("doubling", "96", "192", "alibi", "e4m3", "new all")
 # (keys, query tokens): one decode, a chunk, a whole prompt, a verify step, one key.
 BATCH = [(150, 1), (133, 40), (20, 20), (90, 3), (1, 1)]
 
@@ -93,8 +95,8 @@ def run(
     kv_len = torch.tensor([keys for keys, _ in batch], dtype=torch.int32)
     plan = attention.plan(len(batch), len(q), max(n for _, n in batch), decode, prefill)
     plan.slots = slots
-    plan.pieces = torch.zeros(slots + len(batch), 8, dtype=torch.int32)
-    plan.fill(start, kv_len, tree.split, tree.window)
+    plan.pieces = torch.zeros(slots + len(batch), 16, dtype=torch.int32)
+    plan.fill(start, kv_len, tree)
     batch_ = Batch(q, out, sequences.table, plan, sinks, sequences.slopes)
     attention.run(batch_, sequences.cache, decode, prefill)
     return list(out.split([n for _, n in batch])), sequences
@@ -175,24 +177,47 @@ def test_many_splits_are_combined_to_the_bits_of_one_piece(splits: int) -> None:
     assert all(map(torch.equal, cut, whole))
 
 
+@pytest.mark.parametrize("steady", [0, 16])
 @pytest.mark.parametrize(
-    ("splits", "slots", "longest"),
+    ("units", "slots", "longest"),
     [
         ([63] * 4, 16, 16),  # in thirds they would take 21 turns, and a quarter of the slots idle
         ([32] * 5, 16, 11),
         ([256], 16, 16),
         ([1] * 15 + [256], 16, 18),  # no more pieces than slots would leave the long one whole
         ([20] * 9, 4, 20),
+        ([48], 16, 3),  # where splits have doubled, by a single one to each double one
+        ([80], 16, 5),
+        ([41], 16, 3),
+        ([17], 16, 2),
+        ([1, 16, 17, 18, 40, 100], 33, 7),
     ],
 )
-def test_pieces_hold_every_split_once_and_are_evenly_long(splits: list[int], slots: int, longest: int) -> None:
-    n = len(splits)
+def test_pieces_hold_every_split_once_and_are_evenly_long(
+    units: list[int], slots: int, longest: int, steady: int
+) -> None:
+    n, tree = len(units), dataclasses.replace(SMALL, steady=64 * steady)
     plan = Plan.empty(n, n, few=1, block=16, slots=slots, capacity=4096, device="cpu")
-    plan.fill(torch.arange(n + 1, dtype=torch.int32), torch.tensor(splits, dtype=torch.int32) * 64 - 5, 64, 0)
-    pieces = plan.pieces[: int(plan.counts[0])]
-    held = [[b, split] for b, first, end in pieces[:, :3].tolist() for split in range(first, end)]
-    assert sorted(held) == [[b, split] for b, count in enumerate(splits) for split in range(count)]
-    assert int((pieces[:, 2] - pieces[:, 1]).max()) == longest
+    keys = torch.tensor(units, dtype=torch.int32) * 64 - 5
+    plan.fill(torch.arange(n + 1, dtype=torch.int32), keys, tree)
+    splits = [len(tree.splits(count)) for count in keys.tolist()]
+    held, kept, lengths = [], [], []
+    for b, first, end, slot, _, _, _, offset, more, more_end in plan.pieces[: int(plan.counts[0]), :10].tolist():
+        runs = [*range(first, end), *range(more, more_end)]
+        assert end <= steady or not steady
+        assert more >= steady or more == more_end
+        held += [(b, split) for split in runs]
+        lengths.append(sum(1 + bool(steady and split >= steady) for split in runs))
+        if slot != -1:
+            own, merged, _ = plan.sequences[b, :3].tolist()
+            assert slot == (-2 - own if first == 0 else own)
+            assert first > 0 or end == merged
+            kept += [own] * (first == 0) + [offset + split for split in (runs[merged:] if first == 0 else runs)]
+    assert sorted(held) == [(b, split) for b, count in enumerate(splits) for split in range(count)]
+    assert sorted(kept) == list(range(len(kept)))
+    assert max(lengths) == longest
+    slots_of = [(slot, count - merged) for slot, merged, count in plan.sequences[:, :3].tolist() if slot >= 0]
+    assert sum(behind + 1 for _, behind in slots_of) == len(kept)
 
 
 @pytest.mark.parametrize(
@@ -206,29 +231,40 @@ def test_pieces_hold_every_split_once_and_are_evenly_long(splits: list[int], slo
         ([(70, 100), (5, 70)], 16, 4096, 2),  # early blocks end before the second piece
     ],
 )
+@pytest.mark.parametrize("steady", [0, 4])
 def test_cut_blocks_hold_every_split_once(
-    sequences: list[tuple[int, int]], slots: int, capacity: int, pieces: int
+    sequences: list[tuple[int, int]], slots: int, capacity: int, pieces: int, steady: int
 ) -> None:
-    """(query tokens, keys) of sequences as blocks of 16 tokens, 10 tokens a unit, 64 keys a split."""
-    n, tokens = len(sequences), sum(queries for queries, _ in sequences)
+    """(query tokens, keys) of sequences as blocks of 16 tokens, 10 tokens a unit, 64 keys a split, or twice as many."""
+    n, tokens, tree = (
+        len(sequences),
+        sum(queries for queries, _ in sequences),
+        dataclasses.replace(SMALL, steady=64 * steady),
+    )
+
+    def splits_of(first: int, end: int) -> range:
+        """Which end in the units [first, end)."""
+        return range(len(tree.splits(64 * first)), len(tree.splits(64 * end)))
+
     plan = Plan.empty(n, tokens, few=1, block=16, unit=10, slots=7, block_slots=slots, capacity=capacity, device="cpu")
     start = torch.tensor([0, *(queries for queries, _ in sequences)]).cumsum(0).int()
-    plan.fill(start, torch.tensor([keys for _, keys in sequences], dtype=torch.int32), 64, 0)
+    plan.fill(start, torch.tensor([keys for _, keys in sequences], dtype=torch.int32), tree)
     held: dict[tuple[int, int], list[int]] = {}
     places: dict[int, list[int]] = {}  # of a block's splits, in order, by its first row
     for b, first_row, rows, oldest, first, end, slot, _ in plan.blocks[: int(plan.counts[1])].tolist():
         queries, keys = sequences[b]
         assert oldest == keys - queries + first_row - int(start[b])
         splits = held.setdefault((first_row, oldest + rows), [])
-        splits += range(first, end)
+        splits += splits_of(first, end)
+        assert first <= steady or not steady or first % 2 == 0
         if slot != -1 and first < end:
-            kept = [-2 - slot] if slot < -1 else [slot + i * rows for i in range(end - first)]
+            kept = [-2 - slot] if slot < -1 else [slot + i * rows for i in range(len(splits_of(first, end)))]
             places.setdefault(first_row, []).extend(kept)
             assert max(kept) + rows <= capacity
     assert sorted(first_row for first_row, _ in held) == [
         int(start[b]) + i for b, (queries, _) in enumerate(sequences) if queries > 1 for i in range(0, queries, 16)
     ]
-    assert all(splits == list(range(-(-keys // 64))) for (_, keys), splits in held.items())
+    assert all(splits == list(range(len(tree.splits(keys)))) for (_, keys), splits in held.items())
     cuts = plan.cut_blocks[: int(plan.counts[2]), :6].tolist()
     assert sorted(first_row for *_, first_row, _, _ in cuts) == sorted(places)
     taken: list[int] = []
@@ -237,7 +273,8 @@ def test_cut_blocks_hold_every_split_once(
         taken += [place + row for place in places[first_row] for row in range(rows)]
         assert before == sum(rows for *_, rows, _ in cuts[:i])
     assert len(set(taken)) == len(taken)
-    assert max((-(-splits // merged) for _, merged, splits, *_ in cuts), default=1) == pieces
+    number = Counter(row[1] for row in plan.blocks[: int(plan.counts[1])].tolist() if row[4] < row[5])
+    assert max(number.values()) == pieces
 
 
 @pytest.mark.parametrize("programs", [1, 7, 64])
@@ -276,6 +313,7 @@ def test_the_digest_names_every_part_of_the_tree() -> None:
         dataclasses.replace(SMALL, tile=32),
         dataclasses.replace(SMALL, split=128),
         dataclasses.replace(SMALL, scale=0.1),
+        dataclasses.replace(SMALL, steady=256),
         dataclasses.replace(VARIANTS["e4m3"], k_scale=1.0),
         dataclasses.replace(VARIANTS["e4m3"], v_scale=1.0),
         dataclasses.replace(VARIANTS["e4m3"], k_scale=1.0, v_scale=1.0),
@@ -284,11 +322,18 @@ def test_the_digest_names_every_part_of_the_tree() -> None:
     assert len({tree.digest for tree in changed}) == len(changed)
 
 
+def test_splits_double_where_those_before_them_occupy_the_card() -> None:
+    assert SMALL.splits(200) == [0, 64, 128, 192]
+    assert dataclasses.replace(SMALL, steady=128).splits(500) == [0, 64, 128, 256, 384]
+    assert [tree_for(128, kv_heads=kv).steady for kv in (1, 3, 8, 32, 100)] == [65536, 21504, 8192, 2048, 1024]
+    assert tree_for(128, kv_heads=8, window=4096).steady == 0
+
+
 def test_digests_are_what_they_were() -> None:
     """A certificate or a golden that names one of them holds on."""
     found = [
         tree_for(64), tree_for(128), tree_for(256), tree_for(128, window=300), tree_for(64, window=128, sink=True),
-        tree_for(128, softcap=30.0),
+        tree_for(128, softcap=30.0), tree_for(128, kv_heads=8),
     ]  # fmt: skip
     assert [tree.digest for tree in found] == [
         "3b362f245d128102aa86563d3c207caae77625ce01727492a24f05e5fd29d445",
@@ -297,6 +342,7 @@ def test_digests_are_what_they_were() -> None:
         "493045fdc92d3e605088679cd1fc1a7c0d0110f900ef1fae5cde56a0c88e9ebb",
         "6226a38c74f16ff037c316d56b2a9692685f375b970c61e71d07cf500d18bce5",
         "8a43c77961dd6d59f25910a6643d0bc49615700f9ecfd2ea13cc7827df0ad6e1",
+        "39e99a30936efdef9beba25671bc9733284ec39a9f3b279c60ad6612922e55bd",
     ]
 
 

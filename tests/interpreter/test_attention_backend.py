@@ -173,7 +173,7 @@ def test_scales_of_the_cache_are_fixed_or_refused() -> None:
     set_default_quant_scales(layer, register_buffer=True)
     layer.impl = impl
     impl.fix_scales(layer)
-    assert impl.tree == tree_for(SIZE, 0.1, cache="e4m3")
+    assert impl.tree == tree_for(SIZE, 0.1, kv_heads=KV_HEADS, cache="e4m3")
 
 
 def test_trees_of_their_own_are_named_with_their_scales() -> None:

@@ -188,7 +188,7 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
             query_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         heads = Heads(query_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size)
         context = vllm_config.compilation_config.static_forward_context
-        # A plan reads the tree's split and window only, which a group's layers share.
+        # A plan reads the tree's sizes only, which a group's layers share.
         self.attention = _of_group((context[name].impl.tree for name in layer_names), heads, device)
         scheduler = vllm_config.scheduler_config
         largest, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
@@ -208,7 +208,7 @@ class OneTreeBuilder(AttentionMetadataBuilder[OneTreeMetadata]):
         slots = min(self.attention.slots(decode), self.plan.slots)
         plan = self.plan.part(batch, tokens, slots, self.attention.block_slots(prefill))
         tree = self.attention.tree
-        plan.fill(common.query_start_loc, common.seq_lens, tree.split, tree.window)
+        plan.fill(common.query_start_loc, common.seq_lens, tree)
         # A graph captured for one token a sequence is replayed for such batches alone.
         only_decodes = common.max_query_len <= plan.few
         chosen = None if only_decodes else prefill
@@ -254,8 +254,8 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
         self.sinks = sinks
         self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.tree = tree_for(
-            head_size, scale, softcap=logits_soft_cap or 0.0, window=sliding_window or 0, sink=sinks is not None,
-            alibi=alibi_slopes is not None, cache=_CACHES[kv_cache_dtype],
+            head_size, scale, kv_heads=self.num_kv_heads, softcap=logits_soft_cap or 0.0, window=sliding_window or 0,
+            sink=sinks is not None, alibi=alibi_slopes is not None, cache=_CACHES[kv_cache_dtype],
         )  # fmt: skip
         self._attention: Attention | None = None
         self._bound: tuple[torch.Tensor, Cache] | None = None
@@ -274,8 +274,8 @@ class OneTreeImpl(AttentionImpl[OneTreeMetadata]):
             raise SeamError(f"this vLLM's attention layer says {scales} of its KV cache's scales: it is not supported")
         tree = self.tree
         self.tree = tree_for(
-            tree.head_size, tree.scale, softcap=tree.softcap, window=tree.window, sink=tree.sink, alibi=tree.alibi,
-            cache=tree.cache, k_scale=scales[0], v_scale=scales[1],
+            tree.head_size, tree.scale, kv_heads=self.num_kv_heads, softcap=tree.softcap, window=tree.window,
+            sink=tree.sink, alibi=tree.alibi, cache=tree.cache, k_scale=scales[0], v_scale=scales[1],
         )  # fmt: skip
 
     def _cache(self, kv_cache: torch.Tensor) -> Cache:

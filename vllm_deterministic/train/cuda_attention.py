@@ -39,7 +39,7 @@ class _Workspace:
     def of(cls, size: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> _Workspace:
         """Raises CertificationError where no schedule is on the tree."""
         scratch = launch.Scratch.empty(heads.query, size, device)
-        attention = launch.Attention(tree.tree_for(size), heads, device, scratch)
+        attention = launch.Attention(tree.tree_for(size, kv_heads=heads.kv), heads, device, scratch)
         certify.prepare(attention, dtype, CERTIFIED_CONTEXT)
         return cls(attention, torch.empty(0, PAGE, heads.kv, 2 * size, dtype=dtype, device=device))
 
@@ -74,7 +74,7 @@ class CUDAAttention(Attention):
         padded = len(self.packed.lengths), self.packed.rows
         decode, prefill = attention.schedules(*padded, longest)
         plan = attention.plan(*padded, longest, decode, prefill)
-        plan.fill(self.starts, self.lengths, attention.tree.split, attention.tree.window)
+        plan.fill(self.starts, self.lengths, attention.tree)
         return plan, decode, prefill
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

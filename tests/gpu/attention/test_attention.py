@@ -44,24 +44,24 @@ def attention(tree: Tree, heads: Heads) -> Attention:
 
 def case(name: str) -> tuple[Attention, torch.dtype, int]:
     trees = {
-        "qwen": (tree_for(128), Heads(32, 8, 128), BF16, 32768 + 17),
-        "page-16": (tree_for(128), Heads(32, 8, 16), BF16, LONG),
+        "qwen": (tree_for(128, kv_heads=8), Heads(32, 8, 128), BF16, 32768 + 17),
+        "page-16": (tree_for(128, kv_heads=32), Heads(32, 32, 16), BF16, LONG),
         "group-3": (tree_for(64), Heads(9, 3, 128), BF16, LONG),
-        "mha": (tree_for(64), Heads(8, 8, 128), FP16, LONG),
+        "mha": (tree_for(64, kv_heads=16), Heads(16, 16, 128), FP16, LONG),
         "mqa": (tree_for(128), Heads(16, 1, 128), FP16, LONG),
         "group-32": (tree_for(128), Heads(32, 1, 128), BF16, 4200),
         "window": (tree_for(128, window=1000), Heads(16, 4, 128), BF16, LONG),
         "sink": (tree_for(64, window=128, sink=True), Heads(16, 2, 128), BF16, LONG),
-        "sink-whole": (tree_for(64, sink=True), Heads(16, 2, 128), BF16, LONG),
-        "softcap": (tree_for(128, softcap=30.0), Heads(8, 4, 128), BF16, 4200),
-        "256": (tree_for(256), Heads(8, 4, 64), BF16, 4200),
+        "sink-whole": (dataclasses.replace(tree_for(64, sink=True), steady=2048), Heads(16, 2, 128), BF16, LONG),
+        "softcap": (dataclasses.replace(tree_for(128, softcap=30.0), steady=1024), Heads(8, 4, 128), BF16, 4200),
+        "256": (dataclasses.replace(tree_for(256), steady=2048), Heads(8, 4, 64), BF16, 4200),
         "256-page-16": (tree_for(256, window=512, softcap=50.0), Heads(8, 4, 16), FP16, 4200),
         "96": (tree_for(96), Heads(12, 4, 128), BF16, LONG),
         "96-page-16": (tree_for(96, window=1000, sink=True), Heads(8, 8, 16), FP16, 4200),
         "192": (tree_for(192), Heads(8, 2, 128), BF16, 4200),
-        "alibi": (tree_for(128, alibi=True), Heads(16, 4, 128), BF16, LONG),
+        "alibi": (tree_for(128, kv_heads=16, alibi=True), Heads(16, 16, 128), BF16, LONG),
         "alibi-64": (tree_for(64, softcap=30.0, alibi=True), Heads(12, 12, 16), FP16, 4200),
-        "fp8": (tree_for(128, cache="e4m3", k_scale=0.05, v_scale=0.1), Heads(32, 8, 128), BF16, LONG),
+        "fp8": (tree_for(128, kv_heads=8, cache="e4m3", k_scale=0.05, v_scale=0.1), Heads(32, 8, 128), BF16, LONG),
         "fp8-64": (tree_for(64, cache="e4m3"), Heads(9, 3, 128), FP16, LONG),
         "fp8-192": (
             tree_for(192, window=700, softcap=30.0, sink=True, alibi=True, cache="e4m3", k_scale=0.02, v_scale=1.7),
@@ -114,7 +114,8 @@ def dropped(monkeypatch: pytest.MonkeyPatch, only: Decode | Prefill) -> str:
     plain_decode, plain_prefill = Decode("decode", tma=by_tma), Prefill("prefill")
     monkeypatch.setattr(certify, "DECODE", (only,) if decode else (plain_decode,))
     monkeypatch.setattr(certify, "PREFILL", (only,) if prefill else (plain_prefill,))
-    shape = attention(tree_for(128), Heads(16, 4, 128 if by_tma else 16))
+    tree = dataclasses.replace(tree_for(128), steady=2048)
+    shape = attention(tree, Heads(16, 4, 128 if by_tma else 16))
     try:
         return certify.certify(shape, BF16, 4200, {}, (8, 64)).dropped.get(only.name, "")
     except CertificationError as error:
@@ -125,8 +126,9 @@ ROW_SUM = {"row_sum(p, ROWS, T)": "tl.sum(p, 1)"}
 RELATIVE = {
     "for j in tl.range(begin, plain": "for j in tl.range(begin, begin",
     "tl.range(plain, end": "tl.range(begin, end",
-    "(j + 1) % (S // T) == 0": "(end - j - 1) % (S // T) == 0",
+    "ends_split(j, S // T, STEADY // T)": "(end - j - 1) % (S // T) == 0",
 }
+NEVER_DOUBLED = {"ends_split(j, PER, UNTIL)": "ends_split(j, PER, 0)"}
 CONTRACTED = {"A = tl.fma(A, zero + a, ": "A = A * a + ("}
 
 
@@ -155,6 +157,11 @@ def test_splits_counted_from_the_end_of_a_chunk_are_caught(monkeypatch: pytest.M
     assert "elements" in dropped(monkeypatch, Prefill("prefill"))
 
 
+def test_splits_that_never_double_are_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, NEVER_DOUBLED))
+    assert "elements" in dropped(monkeypatch, Decode("decode"))
+
+
 def test_a_merge_left_to_the_compiler_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch, "decode_kernels", broken(decode_module, tmp_path, CONTRACTED))
     assert "elements" in dropped(monkeypatch, Decode("decode"))
@@ -167,6 +174,7 @@ in_cuda = pytest.mark.parametrize("schedule", [s for s in PREFILL if s.cuda], id
 IN_BOTH = [
     ("tree.cuh", "", ""),  # the control
     ("tree.cuh", "TILES_OF_SPLIT = 4", "TILES_OF_SPLIT = 8"),
+    ("tree.cuh", "STEADY && j >= STEADY", "false"),
     ("tree.cuh", "__fadd_rn(y[e], y[e + n])", "__fadd_rn(y[2 * e], y[2 * e + 1])"),
     ("prefill.cu", "__fmaf_rn(y.x, a[0], __fmul_rn(acc[0], b[0]))", "(y.x * a[0] + acc[0] * b[0])"),
 ]
@@ -203,8 +211,10 @@ def test_splits_that_follow_the_batch_are_caught(monkeypatch: pytest.MonkeyPatch
     def split(batch: int) -> int:
         return 256 if batch > 4 else 512
 
-    def fill_by_batch(self: Plan, query_start: torch.Tensor, kv_len: torch.Tensor, _split: int, window: int) -> None:
-        fill(self, query_start, kv_len, split(self.batch) if self.few else _split, window)
+    def fill_by_batch(self: Plan, query_start: torch.Tensor, kv_len: torch.Tensor, tree: Tree) -> None:
+        if self.few:
+            tree = dataclasses.replace(tree, split=split(self.batch))
+        fill(self, query_start, kv_len, tree)
 
     def run_by_batch(
         self: Attention, batch: Batch, cache: Cache, decode: Decode | None, prefill: Prefill | None
@@ -279,7 +289,7 @@ def test_one_captured_graph_serves_every_batch_of_its_size() -> None:
     plan = shape.plan(8, 256, 256, decode, prefill)
 
     def step() -> None:
-        plan.fill(start, kv_len, shape.tree.split, 0)
+        plan.fill(start, kv_len, shape.tree)
         shape.run(Batch(q, out, table, plan), sequences.cache, decode, prefill)
 
     step()
