@@ -9,6 +9,7 @@ With --layers the engines are that much shorter and do only the work whose KV ca
 --only they do the work whose name holds one of these words. Its points join those that the file has.
 
 usage: benchmarks/engine.py MODEL_FOLDER [--visits 3] [--sides default ours vllm-mode] [--layers N] [--only WORD ...]
+       benchmarks/engine.py --join FILE      the points of a run that was written elsewhere join those of --out
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def save(path: Path, report: dict[str, Any], found: list[dict[str, Any]], second
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder with a configuration; weights are made up")
+    parser.add_argument("model", nargs="?", help="folder with a configuration; weights are made up")
     parser.add_argument("--visits", type=int, default=3, help=f"of each kind of work, {TURNS} turns each")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES)[:3])
     parser.add_argument("--gigabytes", type=float, default=22, help="of KV cache for each engine")
@@ -251,7 +252,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="words of the work's name")
     parser.add_argument("--logs", default=".cache/engine-logs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
+    parser.add_argument("--join", type=Path, help="only take this finished run's points into --out")
     args = parser.parse_args()
+    if args.join:
+        run = json.loads(args.join.read_text())
+        save(args.out, run, run.pop("points"), run.pop("seconds"), join=True)
+        return
+    if not args.model:
+        parser.error("name a model folder, or --join FILE")
     every, suffix = (LONG, f", {args.layers} layers") if args.layers else (WORK, "")
     work = {what: asked for what, asked in every.items() if any(word in what for word in args.only)}
     if not work:
