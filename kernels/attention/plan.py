@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import split_of
 from .tree import Tree
 
 __all__ = ["Plan"]
@@ -40,9 +41,7 @@ def _length(units, doubles, pieces):
 @triton.jit
 def _split(unit, STEADY: tl.constexpr):
     """How many splits end in so many units; a split that is half there counts."""
-    if STEADY > 0:
-        unit = tl.where(unit <= STEADY, unit, (unit + STEADY + 1) // 2)
-    return unit
+    return split_of(unit - 1, 1, STEADY) + 1
 
 
 @triton.jit

@@ -49,7 +49,7 @@ from vllm_deterministic.errors import UnsupportedError
 
 from ..certificates import digest
 
-__all__ = ["CACHES", "E4M3_MAX", "HEAD_SIZES", "LOG2E", "Tree", "tree_for"]
+__all__ = ["CACHES", "E4M3_MAX", "HEAD_SIZES", "LOG2E", "SINGLE_SPLITS", "Tree", "tree_for"]
 
 LOG2E = math.log2(math.e)
 # head size -> (tile, split). At 256, tiles of 128 keys do not fit a multiprocessor's shared memory.
@@ -57,7 +57,7 @@ _SIZES = {64: (128, 512), 96: (128, 512), 128: (128, 512), 192: (64, 512), 256: 
 HEAD_SIZES = tuple(_SIZES)
 # Fields of Tree that came after the first digests: their defaults are not hashed.
 _LATER = {"alibi": False, "cache": "half", "k_scale": 1.0, "v_scale": 1.0, "steady": 0}
-_PROGRAMS = 128  # splits before they double, of all KV heads
+SINGLE_SPLITS = 128  # before they double, of all KV heads
 CACHES = ("half", "e4m3")
 E4M3_MAX = 448.0
 
@@ -164,7 +164,7 @@ def tree_for(
     if not all(0 < s < math.inf for s in (k_scale, v_scale)):
         raise UnsupportedError(f"scales {k_scale} and {v_scale} of a KV cache must be positive and finite")
     tile, split = _SIZES[head_size]
-    steady = 0 if kv_heads is None or window else max(_PROGRAMS // kv_heads // 2, 1) * 2 * split
+    steady = 0 if kv_heads is None or window else max(SINGLE_SPLITS // kv_heads // 2, 1) * 2 * split
     return Tree(
         head_size, tile, split, scale, softcap, window, sink, alibi=alibi, cache=cache, k_scale=k_scale,
         v_scale=v_scale, steady=steady,

@@ -40,7 +40,7 @@ TUNED = 'inductor={"max_autotune_pointwise":true,"coordinate_descent_tuning":tru
 BY_POINTERS = "only=batches,prefix_cached,chunks,scored,many"
 GRAPHS = 'compilation_config={"cudagraph_mode":"%s"}'
 ENGINES = {
-    "ours": ("qwen3", "ours"),
+    "ours": ("qwen3", "ours", "bulk=800"),
     "few pages": ("qwen3", "ours", *FEW_PAGES),
     "few pages, by priority": ("qwen3", "ours", 'scheduling_policy="priority"', *FEW_PAGES),
     "512 tokens a step, no graphs": ("qwen3", "ours", "max_num_batched_tokens=512", GRAPHS % "NONE"),
@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "HF_HUB_OFFLINE": "1",
         }
         # An option that is given twice is taken as it is given last.
-        given = ("bulk=800", *ROOM, CACHE, *options)
+        given = ("bulk=400", *ROOM, CACHE, *options)
         command = [sys.executable, HERE / "engine_proof.py", folder / model, side, *given]
         if name == "warm":
             first.result()

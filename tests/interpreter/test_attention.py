@@ -16,12 +16,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from vllm_deterministic.configs import numerics  # noqa: E402
 from vllm_deterministic.kernels.attention.combine import combine_blocks  # noqa: E402
 from vllm_deterministic.kernels.attention.launch import Attention, Batch, Cache, Scratch  # noqa: E402
 from vllm_deterministic.kernels.attention.plan import Plan  # noqa: E402
 from vllm_deterministic.kernels.attention.reference import exact, follow, quantised  # noqa: E402
 from vllm_deterministic.kernels.attention.schedules import DECODE, PREFILL, Decode, Heads, Prefill  # noqa: E402
-from vllm_deterministic.kernels.attention.tree import Tree, tree_for  # noqa: E402
+from vllm_deterministic.kernels.attention.tree import SINGLE_SPLITS, Tree, tree_for  # noqa: E402
 
 from vllm_deterministic.errors import ConfigurationError, UnsupportedError  # noqa: E402
 
@@ -327,6 +328,14 @@ def test_splits_double_where_those_before_them_occupy_the_card() -> None:
     assert dataclasses.replace(SMALL, steady=128).splits(500) == [0, 64, 128, 256, 384]
     assert [tree_for(128, kv_heads=kv).steady for kv in (1, 3, 8, 32, 100)] == [65536, 21504, 8192, 2048, 1024]
     assert tree_for(128, kv_heads=8, window=4096).steady == 0
+
+
+def test_the_numerics_version_says_the_sizes() -> None:
+    said = numerics("v1")["cuda"]["attention"]
+    assert said["splits_before_they_double"] == SINGLE_SPLITS
+    assert {int(size): tuple(sizes) for size, sizes in said["tile_and_split"].items()} == {
+        tree.head_size: (tree.tile, tree.split) for tree in map(tree_for, (64, 128, 256))
+    }
 
 
 def test_digests_are_what_they_were() -> None:

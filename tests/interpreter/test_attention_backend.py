@@ -176,6 +176,12 @@ def test_scales_of_the_cache_are_fixed_or_refused() -> None:
     assert impl.tree == tree_for(SIZE, 0.1, kv_heads=KV_HEADS, cache="e4m3")
 
 
+def test_schedules_are_certified_past_the_key_where_splits_double() -> None:
+    for kv, most, context in ((8, 131072, 8192 + 2577), (8, 4096, 4096), (1, 131072, 65536 + 2577), (8, 9000, 9000)):
+        assert backend.certified_context(tree_for(128, kv_heads=kv), most) == context
+    assert backend.certified_context(tree_for(128, window=4096, kv_heads=8), 131072) == 8192 + 17
+
+
 def test_trees_of_their_own_are_named_with_their_scales() -> None:
     def model(*scales: float, **asked: Any) -> torch.nn.Module:
         layers = []

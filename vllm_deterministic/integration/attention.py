@@ -36,15 +36,14 @@ from vllm_deterministic.kernels.certificates import Certificate
 from vllm_deterministic.serving.fingerprint import digest_of
 
 __all__ = [
-    "PAGE", "OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certified", "certify_model",
-    "trees",
+    "PAGE", "OneTreeBackend", "OneTreeBuilder", "OneTreeImpl", "OneTreeMetadata", "arm", "certified",
+    "certified_context", "certify_model", "trees",
 ]  # fmt: skip
 
 logger = logging.getLogger("vllm.deterministic")
 
 PAGE = 128  # slots: whole tiles of every head size
-# Contexts that schedules are certified to. Longer ones repeat the same splits.
-CERTIFIED_CONTEXT = 8192 + 17
+_CERTIFIED_CONTEXT = 8192 + 17
 # vLLM's name of a KV-cache dtype -> the tree's.
 _CACHES = {"auto": "half", "float16": "half", "bfloat16": "half", "fp8": "e4m3", "fp8_e4m3": "e4m3"}
 _certified: dict[tuple[Tree, Heads], Certificate] = {}
@@ -87,6 +86,12 @@ def _layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, OneTreeImpl]]
     return [(module, impl) for module, impl in found if isinstance(impl, OneTreeImpl)]
 
 
+def certified_context(tree: Tree, max_model_len: int) -> int:
+    """Up to which context schedules are certified: past the key where splits double, some of those. Longer ones repeat
+    the same splits."""
+    return min(max_model_len, max(_CERTIFIED_CONTEXT, tree.steady + 5 * tree.split + 17 if tree.steady else 0))
+
+
 def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int, device: torch.device) -> None:
     """Certifies every attention layer's tree and shape on this card, once its weights are loaded. Raises
     CertificationError: then no server starts."""
@@ -96,7 +101,7 @@ def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int
         shapes.add((impl.tree, Heads(impl.num_heads, impl.num_kv_heads, PAGE)))
     for tree, heads in shapes:
         attention = Attention(tree, heads, device, _shared_scratch(device, heads.query, tree.head_size))
-        found = _certified[tree, heads] = certify.prepare(attention, dtype, min(max_model_len, CERTIFIED_CONTEXT))
+        found = _certified[tree, heads] = certify.prepare(attention, dtype, certified_context(tree, max_model_len))
         logger.info("attention %s: certified %s, dropped %s", heads, sorted(found.schedules), sorted(found.dropped))
     torch.cuda.empty_cache()  # what certification used must not count against the KV cache
 

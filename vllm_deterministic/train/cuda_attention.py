@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_deterministic.integration.attention import CERTIFIED_CONTEXT, PAGE
+from vllm_deterministic.integration.attention import PAGE, certified_context
 from vllm_deterministic.kernels.attention import certify, launch, tree
 from vllm_deterministic.kernels.attention.plan import Plan
 from vllm_deterministic.kernels.attention.schedules import Decode, Heads, Prefill
@@ -40,7 +41,7 @@ class _Workspace:
         """Raises CertificationError where no schedule is on the tree."""
         scratch = launch.Scratch.empty(heads.query, size, device)
         attention = launch.Attention(tree.tree_for(size, kv_heads=heads.kv), heads, device, scratch)
-        certify.prepare(attention, dtype, CERTIFIED_CONTEXT)
+        certify.prepare(attention, dtype, certified_context(attention.tree, sys.maxsize))
         return cls(attention, torch.empty(0, PAGE, heads.kv, 2 * size, dtype=dtype, device=device))
 
     def cache(self, pages: int) -> launch.Cache:
