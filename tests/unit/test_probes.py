@@ -8,7 +8,9 @@ import random
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from subprocess import run
+from threading import Thread
 
 import httpx
 import openai
@@ -247,3 +249,37 @@ def test_importing_the_engine_loads_no_vllm():
         "print([name for name in ('vllm', 'torch', 'transformers') if name in sys.modules])"
     )
     assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_connection_that_was_idle_is_not_used_again() -> None:
+    """A server closes it at a time of its own. Control: one that was not idle is."""
+    ports = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            ports.append(self.client_address[1])
+            said = b'{"object": "list", "data": []}'
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def ask_thrice(port: int) -> None:
+        async with Endpoint(f"http://127.0.0.1:{port}/v1", "m").client() as client:
+            await client.models.list()
+            await client.models.list()
+            await asyncio.sleep(1.5)
+            await client.models.list()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        asyncio.run(ask_thrice(server.server_address[1]))
+        server.shutdown()
+    first, again, later = ports
+    assert first == again != later

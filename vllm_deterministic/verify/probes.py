@@ -33,6 +33,14 @@ __all__ = [
 ]
 
 SEED_HEADER = "x-vllm-deterministic-seed"
+_USUAL = openai.DEFAULT_CONNECTION_LIMITS
+# Client and vLLM both give up a connection that was idle for five seconds: a request on its way at that moment would
+# fail. Here the client is the first to.
+_LIMITS = type(_USUAL)(
+    max_connections=_USUAL.max_connections,
+    max_keepalive_connections=_USUAL.max_keepalive_connections,
+    keepalive_expiry=1.0,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Endpoint:
             api_key=self.api_key,
             timeout=self.timeout,
             max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not here),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not here, limits=_LIMITS),
         )
 
 
