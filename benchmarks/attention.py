@@ -35,6 +35,7 @@ from vllm_deterministic.kernels.attention.tree import tree_for
 from vllm_deterministic.kernels.timing import Timed, copies_beyond_l2
 
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 128
+TREE, HEADS = tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE)
 KEY_BYTES = 2 * KV_HEADS * HEAD_SIZE * 2
 DECODE_POINTS = [(b, k) for b in (1, 4, 8, 32, 128) for k in (512, 2048, 8192, 32768)] + [(1, 131072), (4, 131072)]
 MIDDLE_POINTS = [(b, k, n) for n in (2, 5, 16) for b, k in ((1, 8192), (32, 2048))]
@@ -160,9 +161,7 @@ def rescore(path: Path) -> None:
     """Writes a finished run's points again, for the schedules that the launcher chooses now."""
     result = json.loads(path.read_text())
     kept = [point for point in result["points"] if point["what"].startswith("error")]
-    attention = Attention(
-        tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE), "cpu", Scratch.empty(1, 1, "cpu")
-    )
+    attention = Attention(TREE, HEADS, "cpu", Scratch.empty(1, 1, "cpu"))
     attention.hopper, attention.multiprocessors = True, 132
     for turn in result["turns"]:
         batch, queries = turn["batch"], turn["queries"]
@@ -187,8 +186,7 @@ def accuracy() -> list[dict[str, Any]]:
     ours."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    tree, heads = tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE)
-    attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
+    attention = Attention(TREE, HEADS, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
     sequences = Sequences(attention, 4096, torch.bfloat16, kinds=("normal", "heavy", "cancelling"))
     rows = []
     for i, kind in enumerate(sequences.kinds):
@@ -243,8 +241,7 @@ def main() -> None:
             print(f"{time.perf_counter() - began:.0f} s", {k: v for k, v in row.items() if k != "unit"}, flush=True)
         write(arguments.out, result)
 
-    tree, heads = tree_for(HEAD_SIZE, kv_heads=KV_HEADS), Heads(QUERY_HEADS, KV_HEADS, PAGE)
-    attention = Attention(tree, heads, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
+    attention = Attention(TREE, HEADS, DEVICE, Scratch.empty(QUERY_HEADS, HEAD_SIZE, DEVICE))
     pool = torch.empty(
         2,
         int(arguments.gigabytes * 1e9) // (PAGE * KEY_BYTES),
@@ -258,7 +255,7 @@ def main() -> None:
         half.normal_()
 
     attention.allowed = {schedule.name for schedule in (*DECODE, *PREFILL)} - set(arguments.without)
-    eligible = {s.name for s in (*DECODE, *PREFILL) if s.eligible(tree, heads, True)} & attention.allowed
+    eligible = {s.name for s in (*DECODE, *PREFILL) if s.eligible(TREE, HEADS, True)} & attention.allowed
     rivals = set() if arguments.tune is None else eligible & set(arguments.tune or eligible)
 
     def compare(what: str, batch: int, keys: int, queries: int) -> None:

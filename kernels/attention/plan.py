@@ -39,6 +39,14 @@ def _length(units, doubles, pieces):
 
 
 @triton.jit
+def _before(i, pieces, length, singles, doubles):
+    """How many of a sequence's single and of its double splits the pieces before piece i hold. Double ones fill the
+    last pieces, single ones what is left from the first piece on."""
+    twos = tl.maximum(doubles - tl.maximum(length // 2, 1) * (pieces - i), 0)
+    return tl.minimum(i * length - 2 * twos, singles), twos
+
+
+@triton.jit
 def _split(unit, STEADY: tl.constexpr):
     """How many splits end in so many units; a split that is half there counts."""
     return split_of(unit - 1, 1, STEADY) + 1
@@ -91,10 +99,8 @@ def _plan(
         pieces = tl.minimum(pieces, 1)
     length = _length(units, doubles, pieces)
     pieces = _pieces(units, doubles, length)
-    # Double splits fill the last pieces, single ones what is left from the first piece on.
-    half = tl.maximum(length // 2, 1)
     singles = splits - doubles
-    merged = tl.minimum(singles, length - 2 * tl.maximum(doubles - half * (pieces - 1), 0))  # of the first piece
+    merged, _ = _before(1, pieces, length, singles, doubles)
     kept = tl.where(pieces > 1, splits - merged + 1, 0)
     slot = tl.where(pieces > 1, tl.cumsum(kept, 0) - kept, -1)
     tl.store(SEQUENCES + b * 8, slot, mask=real)
@@ -106,11 +112,11 @@ def _plan(
     for i in range(tl.max(pieces, 0)):
         to = PIECES + (at + i) * 16
         mine = i < pieces
-        twos = tl.maximum(doubles - half * (pieces - i), 0)
-        twos_end = tl.maximum(doubles - half * (pieces - i - 1), 0)
+        ones, twos = _before(i, pieces, length, singles, doubles)
+        ones_end, twos_end = _before(i + 1, pieces, length, singles, doubles)
         tl.store(to, b, mask=mine)
-        tl.store(to + 1, first + tl.minimum(i * length - 2 * twos, singles), mask=mine)
-        tl.store(to + 2, first + tl.minimum((i + 1) * length - 2 * twos_end, singles), mask=mine)
+        tl.store(to + 1, first + ones, mask=mine)
+        tl.store(to + 2, first + ones_end, mask=mine)
         # Negative for a piece that begins its sequence: -1 where it is all of it, else -2 - slot.
         tl.store(to + 3, tl.where(slot < 0, -1, tl.where(i == 0, -2 - slot, slot)), mask=mine)
         tl.store(to + 4, start, mask=mine)

@@ -89,7 +89,7 @@ def _layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, OneTreeImpl]]
 def certified_context(tree: Tree, max_model_len: int) -> int:
     """Up to which context schedules are certified: past the key where splits double, some of those. Longer ones repeat
     the same splits."""
-    return min(max_model_len, max(_CERTIFIED_CONTEXT, tree.steady + 5 * tree.split + 17 if tree.steady else 0))
+    return min(max_model_len, max(_CERTIFIED_CONTEXT, tree.steady + 5 * tree.split + 17))
 
 
 def certify_model(model: torch.nn.Module, dtype: torch.dtype, max_model_len: int, device: torch.device) -> None:

@@ -45,9 +45,9 @@ def attention(tree: Tree, heads: Heads) -> Attention:
 def case(name: str) -> tuple[Attention, torch.dtype, int]:
     trees = {
         "qwen": (tree_for(128, kv_heads=8), Heads(32, 8, 128), BF16, 32768 + 17),
-        "page-16": (tree_for(128, kv_heads=32), Heads(32, 32, 16), BF16, LONG),
+        "page-16": (dataclasses.replace(tree_for(128), steady=2048), Heads(32, 8, 16), BF16, LONG),
         "group-3": (tree_for(64), Heads(9, 3, 128), BF16, LONG),
-        "mha": (tree_for(64, kv_heads=16), Heads(16, 16, 128), FP16, LONG),
+        "mha": (dataclasses.replace(tree_for(64), steady=2048), Heads(8, 8, 128), FP16, LONG),
         "mqa": (tree_for(128), Heads(16, 1, 128), FP16, LONG),
         "group-32": (tree_for(128), Heads(32, 1, 128), BF16, 4200),
         "window": (tree_for(128, window=1000), Heads(16, 4, 128), BF16, LONG),
@@ -59,7 +59,7 @@ def case(name: str) -> tuple[Attention, torch.dtype, int]:
         "96": (tree_for(96), Heads(12, 4, 128), BF16, LONG),
         "96-page-16": (tree_for(96, window=1000, sink=True), Heads(8, 8, 16), FP16, 4200),
         "192": (tree_for(192), Heads(8, 2, 128), BF16, 4200),
-        "alibi": (tree_for(128, kv_heads=16, alibi=True), Heads(16, 16, 128), BF16, LONG),
+        "alibi": (dataclasses.replace(tree_for(128, alibi=True), steady=2048), Heads(16, 4, 128), BF16, LONG),
         "alibi-64": (tree_for(64, softcap=30.0, alibi=True), Heads(12, 12, 16), FP16, 4200),
         "fp8": (tree_for(128, kv_heads=8, cache="e4m3", k_scale=0.05, v_scale=0.1), Heads(32, 8, 128), BF16, LONG),
         "fp8-64": (tree_for(64, cache="e4m3"), Heads(9, 3, 128), FP16, LONG),
