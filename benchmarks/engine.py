@@ -176,9 +176,10 @@ def tokens_of(kind: str, numbers: tuple[int, ...]) -> int:
 def visit(
     engines: dict[str, Connection], work: Work, number: int, turns: dict[str, list[dict[str, float]]]
 ) -> Iterator[str]:
-    """Every piece of work on every engine, seconds into `turns`; visit -1 warms up, is short and is not kept."""
+    """Every piece of work on every engine, seconds into `turns`; visit -1 warms up, is not kept, and is short where
+    there is short work."""
     for what, (kind, numbers) in work.items():
-        if number < 0 and (kind in ONCE or sum(numbers) > 9000):
+        if number < 0 and len(work) > 1 and (kind in ONCE or sum(numbers) > 9000):
             continue
         for turn in range(1 if number < 0 or kind in ONCE else TURNS):
             # The same prompts for every engine; new ones each turn, so that no prefix is found in the cache.

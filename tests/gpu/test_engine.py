@@ -1,7 +1,8 @@
 """Whole engines on a card, against themselves and each other: every axis of the promise, and the engine without it.
 
 ENGINE_PROOF_REPORT names a folder for what every engine says, as it says it: engine_report.py reads that also of a run
-that was cut short. GPU_MODEL names a checkpoint's folder, asked as well.
+that was cut short, and the next run of the same code asks only the engines that had not ended well.
+ENGINE_PROOF_SECONDS is the time for all of them. GPU_MODEL names a checkpoint's folder, asked as well.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from typing import Any
 import pytest
 import torch
 from engine_report import last_report
+from vllm_deterministic.kernels import certificates
 from vllm_deterministic.kernels.attention.tree import tree_for
+from vllm_deterministic.kernels.certificates import digest
+
+import vllm_deterministic
 
 pytest.importorskip("vllm")
 
 HERE = Path(__file__).parent
 AT_ONCE = 10  # engines on a card; they share its memory and the host's cores
-SECONDS = 500  # for all of them
+SECONDS = int(os.environ.get("ENGINE_PROOF_SECONDS", "500"))
 ROOM = ("gpu_memory_utilization=0.05", "max_model_len=4096")
 # The cache is given in bytes: what vLLM measures is wrong while other engines start on the same card.
 CACHE = f"kv_cache_memory_bytes={3 << 30}"
@@ -40,7 +45,7 @@ TUNED = 'inductor={"max_autotune_pointwise":true,"coordinate_descent_tuning":tru
 BY_POINTERS = "only=batches,prefix_cached,chunks,scored,many"
 GRAPHS = 'compilation_config={"cudagraph_mode":"%s"}'
 ENGINES = {
-    "ours": ("qwen3", "ours", "bulk=800"),
+    "ours": ("qwen3", "ours"),
     "few pages": ("qwen3", "ours", *FEW_PAGES),
     "few pages, by priority": ("qwen3", "ours", 'scheduling_policy="priority"', *FEW_PAGES),
     "512 tokens a step, no graphs": ("qwen3", "ours", "max_num_batched_tokens=512", GRAPHS % "NONE"),
@@ -73,7 +78,19 @@ ALIKE = [name for name in OURS if ENGINES[name][0] == "qwen3" and name not in ("
 CROWDED = 512  # the largest graph that vLLM captures itself; below, every number of tokens in a step is met
 EDGES = (512, *range(640, 2049, 128), 4096, 8192, 16384)  # graphs, rows of tables, products, steps
 
+TIMED_OUT = 124  # what `timeout` returns then
+BULK = "bulk=400"  # the same for all engines that are compared with each other
+
 Runs = Mapping[str, "subprocess.CompletedProcess[str]"]
+
+
+def sources() -> list[str]:
+    """What an engine runs of this project, and what it is asked."""
+    package = Path(vllm_deterministic.__file__).parent
+    kernels = Path(certificates.__file__).parent
+    kinds = (".py", ".cu", ".cuh", ".cpp", ".toml")
+    files = [file for at in (package, kernels, HERE) for file in sorted(at.rglob("*")) if file.suffix in kinds]
+    return [file.read_text() for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +98,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every engine once, in processes of their own, side by side on all the cards there are."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     cards = listed.split(",")
-    folder = tmp_path_factory.mktemp("models")
     said = Path(os.environ.get("ENGINE_PROOF_REPORT") or tmp_path_factory.mktemp("said"))
-    said.mkdir(parents=True, exist_ok=True)
+    folder = said / "models"  # and compile caches: "warm" may be asked by a later run than the engine before it
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, HERE / "made_up.py", folder], check=True)
     end = time.monotonic() + SECONDS
+    code = sources()
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
         model, side, *options = ENGINES[name]
+        out, error, ended = (said / f"{name}.{kind}" for kind in ("out", "err", "ended"))
+        asked = digest([ENGINES[name], code])
+        if ended.exists() and (before := json.loads(ended.read_text()))["asked"] == asked:
+            return subprocess.CompletedProcess([], before["returncode"], out.read_text(), error.read_text())
         cache = "ours" if name == "warm" else name
         environment = {
             **os.environ,
@@ -100,15 +122,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "HF_HUB_OFFLINE": "1",
         }
         # An option that is given twice is taken as it is given last.
-        given = ("bulk=400", *ROOM, CACHE, *options)
+        given = (BULK, *ROOM, CACHE, *options)
         command = [sys.executable, HERE / "engine_proof.py", folder / model, side, *given]
         if name == "warm":
             first.result()
         # Where the time is over, what was found until then is still printed.
         limit = ["timeout", str(max(1, int(end - time.monotonic())))]
-        out, error = said / f"{name}.out", said / f"{name}.err"
         with out.open("w") as told, error.open("w") as complained:
             done = subprocess.run([*limit, *command], env=environment, stdout=told, stderr=complained)
+        if done.returncode == 0 or (side == "planted" and done.returncode != TIMED_OUT):
+            ended.write_text(json.dumps({"asked": asked, "returncode": done.returncode}))
         return subprocess.CompletedProcess(command, done.returncode, out.read_text(), error.read_text())
 
     with ThreadPoolExecutor(AT_ONCE * len(cards)) as pool:
