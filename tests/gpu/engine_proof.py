@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import made_up
+import pytest
 import torch
 from torch._inductor import config as inductor
 from vllm import LLM
 
+from vllm_deterministic import policy
 from vllm_deterministic.verify.offline import Arrivals, Engine
 from vllm_deterministic.verify.probes import Answer, Probe, compare, digest
 
@@ -255,6 +257,37 @@ class Proof:
                 others.append(dataclasses.replace(one, prompt=ids))
             self.compare("beside NaN and infinities", self.engine.ask(probes, others), alone)
 
+    def slept(self) -> None:
+        """The card's memory given away and taken back, weights from the host's. A cache is empty after it."""
+        llm = self.engine.engine
+        for _ in range(14):
+            self.engine.cold()  # a step under way is waited for
+            llm.sleep(1)
+            llm.wake_up()
+            self.compare("asleep in between", self.engine.ask(self.probes), self.alone)
+        with pytest.raises(Exception, match="forgets the weights"):
+            llm.sleep(2)
+        llm.wake_up(["scheduling"])
+        self.compare("asleep in between", self.engine.ask(self.probes), self.alone)
+
+        def forget(model: torch.nn.Module) -> None:
+            model.model.layers[0].mlp.down_proj.weight.data.zero_()
+
+        llm.apply_model(forget)  # the control: weights that had not come back
+        without = zip(self.engine.ask(self.probes), self.alone, strict=True)
+        changed = sum(not compare([one, other]).identical for (one, *_), (other, *_) in without)
+        assert changed > len(self.probes) // 2, f"weights were lost, and {changed} answers changed"
+
+    def offloaded(self) -> None:
+        """Prefixes that the card has forgotten come back from the host's memory."""
+        before = self.engine.metric("vllm:external_prefix_cache_hits")
+        for _ in range(14):
+            self.engine.cold()
+            self.compare("prefix from the host's memory", self.engine.ask(self.probes), self.alone)
+        found = self.engine.metric("vllm:external_prefix_cache_hits") - before
+        assert found > 14 * 128, f"{found} tokens came from the host's memory"
+
+    # Of every engine; `slept` and `offloaded` need options.
     AXES = (
         "prefix_cached", "batches", "growing", "edges", "prefix_partly_cached", "chunks", "aborts", "scored",
         "prompt_scores", "choices", "many", "poisoned",
@@ -281,7 +314,7 @@ class Proof:
             "differing": sum(axis.differing for axis in self.axes.values()),
             "errors": self.errors,
             "prefix_hits": self.engine.cached,
-            "preemptions": self.engine.preemptions(),
+            "preemptions": self.engine.metric("vllm:num_preemptions"),
             "aborted": self.engine.aborted,
             "steps": sum(self.engine.steps.values()),
             "rows": self.engine.most_rows,
@@ -314,6 +347,8 @@ def main() -> None:
     options = {"load_format": "dummy", **{name: json.loads(value) for name, value in given.items()}}
     if side == "planted":
         plant()
+    # Refused until this proof has shown them.
+    policy.ENGINE_OPTIONS.update(enable_sleep_mode=policy.ANY, kv_offloading_size=policy.ANY)
     if side != "default":
         options["additional_config"] = {"vllm_deterministic": {}}
     made_up.use()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.integration import (
     attention,
     audit,
@@ -58,5 +59,15 @@ class DeterministicGPUWorker(Worker):
         certified = [*gpu_linear.certified(), *attention.certified()]
         seconds, trees = self._certification_seconds, attention.trees(model)
         return facts.worker_report(self.vllm_config, model, device, certified, seconds, trees)
+
+    def sleep(self, level: int = 1) -> None:
+        """Level 1 brings the promised weights back; the cache is empty then, and pages are cleared when they are handed
+        out. Raises UnsupportedError for level 2, which forgets the weights."""
+        if level > 1:
+            raise UnsupportedError(
+                f"--deterministic: sleep at level {level} forgets the weights that were promised: sleep at level 1. "
+                "The scheduler waits now: wake it up (tags: scheduling)"
+            )
+        super().sleep(level)
 
     reload_weights = reset_weights = weight_engine.refused

@@ -92,9 +92,9 @@ class Engine:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache was in use and could not be cleared")
 
-    def preemptions(self) -> int:
-        """So far. The engine must log statistics."""
-        return sum(int(metric.value) for metric in self.engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    def metric(self, name: str) -> int:
+        """A counter of vLLM's. The engine must log statistics."""
+        return sum(int(metric.value) for metric in self.engine.get_metrics() if metric.name == name)
 
     @property
     def next_tokens(self) -> int:
