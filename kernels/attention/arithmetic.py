@@ -59,10 +59,10 @@ def alibi(x, slope, ahead):
 @triton.jit
 def ends_split(j, PER: tl.constexpr, STEADY: tl.constexpr):
     """Whether a split ends with tile j. PER: tiles of a split, STEADY: from which tile on of twice as many."""
-    if STEADY > 0:
-        return (j + 1) % tl.where(j < STEADY, PER, 2 * PER) == 0
-    else:
-        return (j + 1) % PER == 0
+    ends = (j + 1) % PER == 0
+    if STEADY > 0:  # not a remainder by one or the other: that is a division
+        ends = tl.where(j < STEADY, ends, (j + 1) % (2 * PER) == 0)
+    return ends
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .arithmetic import (
+    _INTERPRETED,
     accumulate,
     alibi,
     ends_split,
@@ -47,21 +48,21 @@ def _tile(begin, i, run, jump, UNTIL: tl.constexpr):
     return j
 
 
-@triton.jit(do_not_specialize=["bt_stride"])
+@triton.jit(do_not_specialize=["bt_stride", "few"])
 def decode(
     Q, K, V, K_TILES, V_TILES, O, SINKS, STATE, ACC, PIECES, COUNTS, PAGE_TABLE, c, tanh_scale,
     log2e, bt_stride, q_token, o_token, kv_page, kv_slot, kv_head, row_page, row_head, column_head, SLOPES,
-    slope_scale, v_scale,
+    slope_scale, v_scale, few,
     GROUP: tl.constexpr, Q_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
     STEADY: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
-    ALIBI: tl.constexpr, E4M3: tl.constexpr, FEW: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    ALIBI: tl.constexpr, E4M3: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: KV heads (side by side: in memory a slot's heads are neighbours), pieces, blocks of ROWS rows (token, head
     of the group).
 
     Q, O: [tokens, heads, D]. K, V: pages of [slot, KV head, D] by strides in elements; K_TILES, V_TILES: the same as
-    rows of slots, for TMA. STATE: [slots * FEW * heads, 2] m and l; ACC: [slots * FEW * heads, WIDTH].
+    rows of slots, for TMA. STATE: [slots * few * heads, 2] m and l; ACC: [slots * few * heads, WIDTH].
     """
     if PDL:
         gdc_launch_dependents()  # combine may be launched; it waits for the end of this grid
@@ -145,7 +146,7 @@ def decode(
                     if (slot == -1) | ((slot < 0) & (i < run)):
                         M, L, A = merge(M, L, A, m, l, acc)
                     else:
-                        kept = (kept_first + split_of(j, PER, UNTIL)) * FEW + token
+                        kept = (kept_first + split_of(j, PER, UNTIL)) * few + token
                         _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, m, l, acc, WIDTH)
                     m = tl.full((ROWS,), float("-inf"), tl.float32)
                     l = tl.zeros((ROWS,), tl.float32)
@@ -158,8 +159,21 @@ def decode(
                 to = O + ((at * o_token + head * D)[:, None] + d[None, :])
                 tl.store(to, o.to(O.dtype.element_ty), mask=here)
             elif slot < -1:
-                kept = (-2 - slot) * FEW + token
+                kept = (-2 - slot) * few + token
                 _keep(STATE, ACC, kept.to(tl.int64) * Q_HEADS + head, d, real, M, L, A, WIDTH)
+
+
+@triton.jit
+def _kept(P, there):
+    """What P points to, zeros unless `there`. Not as Triton's own loads: the time it takes to lay out some dozens of
+    them that end in one result grows with their cube, to 10 s of a server's first start."""
+    if _INTERPRETED:
+        return tl.load(P, mask=there, other=0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1];}", "=f,l,r",
+            [P.to(tl.int64), there.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -177,7 +191,7 @@ def _merge_kept(
             m = tl.load(STATE + at * 2, mask=there, other=float("-inf"))
             l = tl.load(STATE + at * 2 + 1, mask=there, other=0.0)
             # A mask as wide as d: Triton's interpreter cannot broadcast a truth value.
-            batch += ((m, l, tl.load(ACC + at * WIDTH + d, mask=d * 0 + split + i < end, other=0.0)),)
+            batch += ((m, l, _kept(ACC + at * WIDTH + d, d * 0 + split + i < end)),)
         for i in tl.static_range(BATCH):
             m, l, acc = batch[i]
             M, a, b = merge_scales(M, m)

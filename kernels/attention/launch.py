@@ -235,14 +235,14 @@ class Attention:
         tiles = self._tiles(cache, rows, gluon=False) if decode.tma else (None, None)
         partial = (out, batch.sinks, self.scratch.state, self.scratch.acc)
         key = self._key(batch, cache, decode)
-        few = {"Q_HEADS": heads.query, "FEW": plan.few, "PDL": self.hopper}
+        shared = {"Q_HEADS": heads.query, "PDL": self.hopper}
         self._decode_kernel.launch(
             key, (heads.kv, plan.pieces.shape[0], -(-plan.few * heads.group // decode.rows)),
             batch.q, cache.k, cache.v, *tiles, *partial, plan.pieces, plan.counts, *self._lengths(batch),
             batch.q.stride(0), out.stride(0), *cache.k.stride()[:3], *rows[2:],
-            batch.slopes, tree.slope_scale, tree.v_scale,
+            batch.slopes, tree.slope_scale, tree.v_scale, plan.few,
             constants=lambda: {
-                **self._by_pointers, **few, "ROWS": decode.rows, "TMA": decode.tma, "STAGES": decode.stages,
+                **self._by_pointers, **shared, "ROWS": decode.rows, "TMA": decode.tma, "STAGES": decode.stages,
                 "num_warps": decode.warps,
             },
         )  # fmt: skip
@@ -252,8 +252,9 @@ class Attention:
             self._combine_kernel.launch(
                 key, (plan.batch, share, 1), *partial, plan.sequences, LOG2E, out.stride(0), tree.v_scale,
                 constants=lambda: {
-                    **few, "D": tree.head_size, "WIDTH": tree.width, "SINK": tree.sink, "E4M3": tree.e4m3, "BATCH": 16,
-                    "num_warps": tree.width // 32, "enable_fp_fusion": False, "launch_pdl": self.hopper,
+                    **shared, "FEW": plan.few, "D": tree.head_size, "WIDTH": tree.width, "SINK": tree.sink,
+                    "E4M3": tree.e4m3, "BATCH": 16, "num_warps": tree.width // 32, "enable_fp_fusion": False,
+                    "launch_pdl": self.hopper,
                 },
             )  # fmt: skip
 

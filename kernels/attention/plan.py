@@ -64,10 +64,10 @@ def _shortest(units, doubles, count, low, high, slots):
     return low
 
 
-@triton.jit(do_not_specialize=["slots", "capacity", "block_slots"])
+@triton.jit(do_not_specialize=["few", "slots", "capacity", "block_slots"])
 def _plan(
-    QUERY_START, KV_LEN, PIECES, BLOCKS, SEQUENCES, CUT_BLOCKS, COUNTS, batch, slots, capacity, block_slots,
-    PADDED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, CUT: tl.constexpr,
+    QUERY_START, KV_LEN, PIECES, BLOCKS, SEQUENCES, CUT_BLOCKS, COUNTS, batch, few, slots, capacity, block_slots,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, CUT: tl.constexpr,
     SPLIT: tl.constexpr, STEADY: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     b = tl.arange(0, PADDED)
@@ -75,19 +75,19 @@ def _plan(
     start = tl.load(QUERY_START + b, mask=real, other=0)
     queries = tl.load(QUERY_START + b + 1, mask=real, other=0) - start
     keys = tl.load(KV_LEN + b, mask=real, other=0)
-    few = (queries > 0) & (queries <= FEW)
+    decoded = (queries > 0) & (queries <= few)
     first = tl.zeros((PADDED,), tl.int32)
     if WINDOW > 0:
         first = tl.maximum(keys - queries - WINDOW + 1, 0) // SPLIT
     end = (keys + SPLIT - 1) // SPLIT
-    splits = tl.where(few, _split(end, STEADY) - first, 0)
+    splits = tl.where(decoded, _split(end, STEADY) - first, 0)
     doubles = splits * 0
     if STEADY > 0:
         doubles = tl.maximum(splits - STEADY, 0)
     units = splits + doubles
     # Even pieces: as many per sequence as its share of the slots, so there are at most slots + batch of them.
     share = tl.maximum((tl.sum(units, 0) + slots - 1) // slots, tl.where(tl.max(doubles, 0) > 0, 2, 1))
-    pieces = tl.where(few, tl.maximum(units // share, 1), 0)
+    pieces = tl.where(decoded, tl.maximum(units // share, 1), 0)
     # That is rounded down: of 4 x 63 units, 16 slots get 4 x 3 pieces of 21. Taken instead, where there is one: the
     # shortest length that is no longer than these pieces and leaves no more pieces than slots (there, 16).
     longest = tl.max(_length(units, doubles, pieces), 0)
@@ -95,7 +95,7 @@ def _plan(
     cut = _pieces(units, doubles, length)
     if tl.sum(cut, 0) <= slots:
         pieces = cut
-    if tl.sum(tl.where(pieces > 1, splits, 0), 0) * FEW > capacity:
+    if tl.sum(tl.where(pieces > 1, splits, 0), 0) * few > capacity:
         pieces = tl.minimum(pieces, 1)
     length = _length(units, doubles, pieces)
     pieces = _pieces(units, doubles, length)
@@ -127,7 +127,7 @@ def _plan(
         tl.store(to + 9, singles + twos_end, mask=mine)
     tl.store(COUNTS, tl.sum(pieces, 0))
     # --- blocks ---
-    longer = tl.where(queries > FEW, queries, 0)
+    longer = tl.where(queries > few, queries, 0)
     blocks = (longer + BLOCK - 1) // BLOCK
     units = tl.where(longer > 0, end, 0)
     pieces = tl.minimum(blocks, 1)
@@ -256,7 +256,8 @@ class Plan:
         has no query tokens."""
         _plan[(1,)](
             query_start, kv_len, self.pieces, self.blocks, self.sequences, self.cut_blocks, self.counts, self.batch,
-            self.slots, self.capacity, self.block_slots, PADDED=max(triton.next_power_of_2(self.batch), 32),
-            FEW=self.few, BLOCK=self.block, UNIT=self.unit, CUT=len(self.cut_blocks) > 0, SPLIT=tree.split,
-            STEADY=tree.steady // tree.split, WINDOW=tree.window, num_warps=4,
+            self.few, self.slots, self.capacity, self.block_slots,
+            PADDED=max(triton.next_power_of_2(self.batch), 32), BLOCK=self.block, UNIT=self.unit,
+            CUT=len(self.cut_blocks) > 0, SPLIT=tree.split, STEADY=tree.steady // tree.split, WINDOW=tree.window,
+            num_warps=4,
         )  # fmt: skip

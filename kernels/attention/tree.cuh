@@ -12,9 +12,9 @@ __device__ __forceinline__ float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Whether a split starts with tile j.
+// Whether a split starts with tile j. Not j % (one or the other): that is a division.
 __device__ __forceinline__ bool starts_split(int j) {
-  return j % (STEADY && j >= STEADY ? 2 * TILES_OF_SPLIT : TILES_OF_SPLIT) == 0;
+  return STEADY && j >= STEADY ? j % (2 * TILES_OF_SPLIT) == 0 : j % TILES_OF_SPLIT == 0;
 }
 // Steps 2 and 3, and alpha of step 4. ahead: how far this thread's first row is ahead of the tile's first key; the second
 // is APART further. A maximum has no order: four chains, for speed.
