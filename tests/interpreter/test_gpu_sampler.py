@@ -28,8 +28,10 @@ def _armed(monkeypatch: pytest.MonkeyPatch) -> None:
         (prompt_logprob, "compute_topk_scores"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    monkeypatch.setattr(gpu_sampler, "_warmed", set())
+    config = SimpleNamespace(use_v2_model_runner=True, model_config=SimpleNamespace(dtype=torch.bfloat16))
     for _ in range(2):
-        gpu_sampler.arm(SimpleNamespace(use_v2_model_runner=True))
+        gpu_sampler.arm(config)
 
 
 def vllms_sampler(mode: str, temperatures: list[float]) -> sampler.Sampler:
@@ -81,3 +83,24 @@ def test_scores(module: object) -> None:
 def test_the_v1_runner_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER"):
         gpu_sampler.arm(SimpleNamespace(use_v2_model_runner=False))
+
+
+def test_only_before_requests_are_served_is_anything_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, torch.dtype, bool]] = []
+    draw = gpu_sampler.ahead.draw
+
+    def counted(x: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
+        drawn.append((len(x), x.dtype, len(state) > 4 and state[4] is not None))
+        return draw(x, *state)
+
+    monkeypatch.setattr(gpu_sampler.ahead, "draw", counted)
+    logits, rows = torch.randn(ROWS, VOCAB), torch.arange(ROWS, dtype=torch.int32)
+    sample = vllms_sampler("raw_logprobs", [0.0, 1.0, 1.0])._sample_random
+    arguments = (logits, rows, rows.numpy(), torch.arange(ROWS), None, None, True)
+    tokens = [sample(*arguments)[0] for _ in range(2)]
+    limits = [(torch.float32, False), *[(torch.float32, True)] * 3, (torch.bfloat16, False)]
+    assert drawn == [(rows, *limit) for rows in (1, 9) for limit in limits]
+    gpu_sampler.serve()
+    tokens.append(sample(arguments[0].half(), *arguments[1:])[0])
+    assert len(drawn) == 10
+    assert torch.equal(tokens[0], tokens[1])

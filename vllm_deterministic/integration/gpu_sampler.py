@@ -15,11 +15,16 @@ from vllm.v1.worker.gpu.sample import logprob
 
 from vllm_deterministic import compat
 from vllm_deterministic.errors import UnsupportedError
+from vllm_deterministic.kernels.sampling import ahead
 from vllm_deterministic.kernels.sampling.draw import draw
 from vllm_deterministic.kernels.sampling.scores import Scores
 from vllm_deterministic.kernels.sampling.select import drop_below, thresholds
 
-__all__ = ["arm"]
+__all__ = ["arm", "serve"]
+
+# Logits that vLLM's own warm-up has brought, by what they were for and their dtype; None once requests are served.
+_warmed: set[tuple[str, torch.dtype]] | None = set()
+_greedy = torch.float32  # the dtype of logits that nothing changes
 
 
 def arm(vllm_config: Any) -> None:
@@ -30,9 +35,24 @@ def arm(vllm_config: Any) -> None:
             "--deterministic needs vLLM's V2 model runner, which this configuration does not use: unset "
             "VLLM_USE_V2_MODEL_RUNNER, or see vLLM's log for the feature that excludes it"
         )
+    global _greedy
+    _greedy = vllm_config.model_config.dtype
     compat.install(compat.GPU_SEAMS["draw"], lambda original: _draw)
     for seam in ("scores", "prompt_scores"):
         compat.install(compat.GPU_SEAMS[seam], lambda original: _scores)
+
+
+def serve() -> None:
+    """From here on nothing is compiled ahead: requests would wait for it."""
+    global _warmed
+    _warmed = None
+
+
+def _first(what: str, logits: torch.Tensor) -> bool:
+    if _warmed is None or not len(logits) or (what, logits.dtype) in _warmed:
+        return False
+    _warmed.add((what, logits.dtype))
+    return True
 
 
 def _draw(
@@ -49,7 +69,10 @@ def _draw(
     """One token a row. What is left of the arguments chooses among vLLM's algorithms; here there is one."""
     ranks = thresholds(processed_logits, top_k, top_p)
     states = self.sampling_states
-    sampled = draw(processed_logits, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos, ranks)
+    rows = (processed_logits, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos)
+    if _first("draws", processed_logits):
+        ahead.draws(*rows, greedy=_greedy)
+    sampled = draw(*rows, ranks)
     # Only who returns processed logits has them written.
     if ranks is not None and (self.return_sampling_mask or self.logprobs_mode in PROCESSED_LOGPROBS_MODES):
         processed_logits = drop_below(processed_logits, ranks)
@@ -67,6 +90,8 @@ def _scores(
     logits_mode: bool = False,
 ) -> Any:
     """vLLM's compute_topk_scores. num_logprobs: the most that a row of the batch asks for; a row's own are the head."""
+    if _first("scores", logits):
+        ahead.scores(logits, sampled_token_ids)
     scores = Scores(logits, sampled_token_ids, num_logprobs)
     ids = torch.cat((sampled_token_ids.unsqueeze(-1), scores.best), dim=1)
     valid = None

@@ -53,6 +53,11 @@ class DeterministicGPUWorker(Worker):
         with audit.NoBareProducts() if eager else nullcontext():
             return int(super().determine_available_memory())
 
+    def compile_or_warm_up_model(self) -> Any:
+        found = super().compile_or_warm_up_model()
+        gpu_sampler.serve()
+        return found
+
     def deterministic_report(self) -> dict[str, Any]:
         """See facts.worker_report."""
         model, device = self.model_runner.get_model(), self.model_runner.device

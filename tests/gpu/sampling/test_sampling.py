@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from vllm_deterministic.kernels.sampling import select  # noqa: E402
+from vllm_deterministic.kernels.sampling import ahead, select  # noqa: E402
 from vllm_deterministic.kernels.sampling.draw import draw  # noqa: E402
 from vllm_deterministic.kernels.sampling.reference import gumbel, kept  # noqa: E402
 from vllm_deterministic.kernels.sampling.scores import Scores  # noqa: E402
@@ -166,3 +166,27 @@ def test_vllms_own_ties_and_sums_see_the_batch() -> None:
         f"vLLM: {ties} of 6 other k name other tokens first; {sums} of 64 logprobs differ between f32 and bf16 logits"
     )
     assert ties or sums
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **said: compiled.append(str(said["repr"])))
+    x = logits("normal", 40).half()  # which no other test samples from
+    requests = torch.arange(40, dtype=torch.int32, device="cuda")
+    state = (requests, torch.ones(40, device="cuda"), requests.long(), requests.long())
+    ahead.draws(x[:2], *(of[:2] for of in state), greedy=torch.float16)
+    ahead.scores(x[:2], state[2][:2])
+    assert compiled
+    compiled.clear()
+    for rows in (1, 2, 8, 9, 40):
+        k, p = limits(rows)
+        for some in ((None, None), (k, None), (None, p), (k, p)):
+            draw(x[:rows], requests[:rows], *state[1:3], state[3][:rows], select.thresholds(x[:rows], *some))
+        for n in (0, 1, 5, 20):
+            found = Scores(x[:rows], state[2][:rows], n)
+            found.logprobs(torch.cat((state[2][:rows, None], found.best), dim=1))
+    assert not compiled
+    Scores(x[:2], state[2][:2], 60)  # the control: more logprobs than were compiled for are seen
+    assert compiled
