@@ -12,6 +12,8 @@ from vllm_deterministic.errors import UnsupportedError
 from vllm_deterministic.train import accumulate, deterministic_forward, logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# A product is one chain over k here; where a library sums in 16 vector lanes, errors are a root of 16 smaller.
+A_CHAIN = 4
 
 
 def gradients(model):
@@ -83,7 +85,8 @@ def test_checkpointing_changes_no_bit(family, sequences, make):
     ids=["untied", "tied", "bf16"],
 )
 def test_the_gradient_is_the_gradient(family, dtype, tied, sequences, make, plain_logprobs):
-    """Against transformers' own in f64: no further away than twice transformers' own in that dtype, every parameter."""
+    """Against transformers' own in f64: no further away than A_CHAIN times transformers' own in that dtype, every
+    parameter."""
     model = make(family, dtype, tied)
     double = copy.deepcopy(model).double()
     for each in (model, double):
@@ -98,7 +101,7 @@ def test_the_gradient_is_the_gradient(family, dtype, tied, sequences, make, plai
         def error(found, name=name, truth=truth):
             return ((found[name] - truth).norm() / truth.norm()).item()
 
-        assert max(error(ours), error(through_autograd)) <= 2 * error(theirs) + torch.finfo(dtype).eps / 2, name
+        assert max(error(ours), error(through_autograd)) <= A_CHAIN * error(theirs) + torch.finfo(dtype).eps / 2, name
 
 
 def test_gradients_through_the_models_own_call(sequences, make):
