@@ -46,6 +46,7 @@ def scores(x: torch.Tensor, sampled: torch.Tensor) -> None:
     """Scores' x and sampled, for a row or more."""
     for rows in _rows():
         first = torch.zeros(rows, dtype=torch.int64, device=x.device)
+        some, tokens = x[first], sampled[first]
         for n in TOP:
-            found = Scores(x[first], sampled[first], n)
-            found.logprobs(torch.cat((sampled[first].unsqueeze(-1), found.best), dim=1))
+            found = Scores(some, tokens, n)
+            found.logprobs(torch.cat((tokens.unsqueeze(-1), found.best), dim=1))
